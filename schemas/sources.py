@@ -1,0 +1,133 @@
+"""The `sources` section of a recipe: where images come from, and which columns or fields say what about them."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+FieldName = Literal[
+    "image",
+    "caption",
+    "caption_short",
+    "tags",
+    "alt",
+    "entities",
+    "depth",
+    "scene_id",
+    "source_url",
+    "license",
+    "license_url",
+    "author",
+    "optout",
+]
+
+
+class SourceBase(BaseModel):
+    """What every source has.
+
+    Attributes:
+        name: slug, unique in the recipe; prefixes unit names.
+        path: file, folder or glob, as a local path or any fsspec URL; a relative one starts at the recipe's folder.
+        license, license_url, author: used where a row says nothing itself.
+        optout: True marks every row of the source as opted out.
+        scene_from: images of one scene never straddle train/val/test. `field` uses the row's `scene_id`, `folder`
+            the image's folder; `uid` (and the others where they yield nothing) makes every image its own scene.
+        fields: field -> its name in the source (column, or key of the JSON), where the two differ. See `Fields`
+            in the manual for what the fields mean: `caption` and `caption_short` are descriptions, `alt` is text
+            found beside an image, `entities` a list of `{phrase, label, box, mask, score}` in pixels of the upright
+            image, `depth` a 16-bit PNG (larger is nearer, 0 unknown).
+        max_caption_chars: longer captions quarantine their row.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
+    path: str = Field(min_length=1)
+    license: str = ""
+    license_url: str = ""
+    author: str = ""
+    optout: bool = False
+    scene_from: Literal["field", "folder", "uid"] = "field"
+    fields: dict[FieldName, str] = Field(default_factory=dict)
+    max_caption_chars: int = Field(default=8000, gt=0)
+
+    @field_validator("path")
+    @classmethod
+    def _path_is_a_glob(cls, path: str) -> str:
+        if "{" in path:
+            raise ValueError(f"path {path!r}: braces are not expanded, write a glob such as shards/*.tar")
+        return path
+
+
+class FolderSource(SourceBase):
+    """Images below a folder, each with an optional `.txt` (caption) and `.json` (fields) of the same stem beside it.
+
+    Attributes:
+        extensions: what counts as an image, lower case and without the dot; matched in any case.
+        text_is: the caption that a `.txt` is.
+    """
+
+    type: Literal["folder"] = "folder"
+    extensions: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
+    text_is: Literal["alt", "caption", "caption_short"] = "alt"
+
+
+class ManifestSource(SourceBase):
+    """A CSV, JSONL or Parquet file whose rows name images.
+
+    Attributes:
+        image_root: what the paths of images, masks and depth maps start from; default: the manifest's folder.
+            They must not leave it.
+        url_schemes: rows may name images by absolute URL with one of these schemes.
+        ignore: columns to leave out without a warning.
+    """
+
+    type: Literal["manifest"] = "manifest"
+    image_root: str = ""
+    url_schemes: tuple[str, ...] = ("https", "http", "s3", "gs", "hf")
+    ignore: tuple[str, ...] = ()
+
+
+class WebDatasetSource(SourceBase):
+    """Tars (`.tar`, `.tar.gz`, `.tgz`) with `jpg|jpeg|png|webp` and `txt|caption|json` members, as img2dataset writes.
+
+    Beside `00000.tar`, a `00000.parquet` of img2dataset accounts for the rows that it failed to download.
+
+    Attributes:
+        text_is: the caption that a `txt` or `caption` member is.
+        dotted_keys: split a member's name at its last dot instead of its first (`v1.5_001.jpg`).
+    """
+
+    IMAGES: ClassVar[tuple[str, ...]] = ("jpg", "jpeg", "png", "webp")
+
+    type: Literal["webdataset"] = "webdataset"
+    fields: dict[FieldName, str] = Field(default_factory=lambda: {"alt": "caption", "source_url": "url"})
+    text_is: Literal["alt", "caption", "caption_short"] = "alt"
+    dotted_keys: bool = False
+
+
+class ParquetSource(SourceBase):
+    """Parquet files that hold the images themselves, as binary or as Hugging Face's `struct<bytes, path>`."""
+
+    type: Literal["parquet"] = "parquet"
+
+
+class X2ISource(SourceBase):
+    """Finished samples in the official JSONL: `task_type, instruction, input_images, output_image`.
+
+    Attributes:
+        image_root: what image paths start from; default: the JSONL's folder. They must not leave it.
+        default_task: the task of rows without `task_type`.
+        tasks: further task names -> one of x2i's, e.g. `{"my_edits": "edit"}`.
+    """
+
+    type: Literal["x2i"] = "x2i"
+    image_root: str = ""
+    default_task: str = ""
+    tasks: dict[str, str] = Field(default_factory=dict)
+
+
+Source = Annotated[
+    FolderSource | ManifestSource | WebDatasetSource | ParquetSource | X2ISource, Field(discriminator="type")
+]
