@@ -1,0 +1,36 @@
+# Two commands on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= build/demo
+INSTALLED := $(VENV)/.installed
+
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: install demo test lint clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt recipes/demo/packages.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,test]'
+	$(BIN)/python -m pip install --quiet --no-deps -r recipes/demo/packages.txt
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python recipes/demo/collect_photos.py $(OUT)/photos
+	$(BIN)/x2i build recipes/demo/recipe.yaml --corpus $(OUT)/corpus
+	$(BIN)/x2i preview $(OUT)/corpus --out $(OUT)/preview
+
+test: $(INSTALLED) lint
+	$(BIN)/python -m pytest --durations=15
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy schemas filters builders pipelines fine_tune
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf build
