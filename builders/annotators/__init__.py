@@ -1,0 +1,1 @@
+"""Produces artefacts of an image: condition maps, masks, captions."""

@@ -1,0 +1,135 @@
+"""What a builder is: a deterministic function from one image to attempts, and from an attempt to samples.
+
+An *attempt* is the unit of accounting: it ends as kept (its samples), dropped (a gate, with the value that decided)
+or quarantined (an error, recorded by the engine). `attempts` must be cheap: it sees the record, never pixels.
+"""
+
+from __future__ import annotations
+
+import io
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+
+from builders.codec import decode_raw, decode_rgb
+from schemas.identity import sample_key
+from schemas.records import ImageRecord, Op, SampleRecord
+from schemas.vocabulary import STREAMS
+
+
+class BuilderParams(BaseModel):
+    """Base of a builder's recipe section: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """One kept image: its record, its normalised JPEG bytes, and its raw depth if the source has one."""
+
+    record: ImageRecord
+    jpeg: bytes
+    depth_png: bytes = b""
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """uint8 [H, W, 3] RGB. Read-only: it is shared by all builders."""
+        return _frozen(decode_rgb(self.jpeg))
+
+    @cached_property
+    def depth(self) -> np.ndarray | None:
+        """uint16 [H, W] inverse depth (larger is nearer, 0 is unknown), or None."""
+        if not self.depth_png:
+            return None
+        return _frozen(decode_raw(self.depth_png))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A finished sample: its record and its image members (`{"input_1.jpg": ..., "output.jpg": ...}`)."""
+
+    record: SampleRecord
+    images: dict[str, bytes]
+
+    @property
+    def members(self) -> dict[str, bytes]:
+        """All members, with the instruction and the record added."""
+        return {**self.images, "txt": self.record.instruction.encode(), "json": self.record.to_json()}
+
+    @property
+    def image_sizes(self) -> dict[str, dict[str, int]]:
+        """`{"width", "height"}` of every image member."""
+        return {n: dict(zip(("width", "height"), image_size(d), strict=True)) for n, d in self.images.items()}
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A gate said no. `reason` is a stable slug, `value` the number that was compared."""
+
+    reason: str
+    value: float = 0.0
+    detail: str = ""
+
+
+Outcome = list[Sample] | Rejected
+
+
+class Builder(ABC):
+    """One task family. `name` and `version` enter the spec digest: raise the version when outputs change."""
+
+    name: ClassVar[str]
+    version: ClassVar[str]
+    Params: ClassVar[type[BuilderParams]]
+
+    def __init__(self, params: BuilderParams) -> None:
+        self.params = params
+
+    @abstractmethod
+    def attempts(self, record: ImageRecord, rng: np.random.Generator) -> list[str]:
+        """Names of the attempts to make for this image, unique within the image."""
+
+    @abstractmethod
+    def build(self, image: SourceImage, attempt: str, rng: np.random.Generator) -> Outcome:
+        """Samples of one attempt, or why there are none. `rng` is seeded by (recipe seed, uid/attempt, name)."""
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of an encoded image, from its header."""
+    with Image.open(io.BytesIO(data)) as image:
+        return image.size
+
+
+def draft(image: ImageRecord, stream: str, subtask: str, *ops: Op, variant: int = 0, **fields: Any) -> SampleRecord:
+    """A sample record of `image` with everything inherited from it filled in.
+
+    Args:
+        image: the parent.
+        stream: stream name.
+        subtask: exact subtask.
+        ops: operations that made this sample, after those that made the image.
+        variant: number of the sample among those of this image, stream and subtask.
+        fields: further fields of `SampleRecord`.
+    """
+    inherited = image.model_dump(
+        include={"scene_id", "split", "license", "license_url", "author", "source_url", "optout", "captions"}
+    )
+    return SampleRecord(
+        **inherited,
+        key=sample_key(image.uid, stream, subtask, variant),
+        stream=stream,
+        task=STREAMS[stream].task,
+        subtask=subtask,
+        parents=(image.uid,),
+        ops=(*image.ops, *ops),
+        **fields,
+    )
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array.setflags(write=False)
+    return array

@@ -1,0 +1,10 @@
+"""The builders that a recipe can name."""
+
+from __future__ import annotations
+
+from builders.base import Builder
+from builders.captions import Captions
+from builders.condition_maps import ConditionMaps
+from builders.restoration import Restoration
+
+BUILDERS: dict[str, type[Builder]] = {b.name: b for b in (Captions, ConditionMaps, Restoration)}

@@ -1,0 +1,275 @@
+"""Runs a stage: skip the units that are done, schedule the others on Ray, and commit each with its marker last.
+
+All state is files in the corpus. Ray Data only decides where a unit runs (one row = one block = one unit), so a
+killed driver, a lost worker or another cluster size never changes what is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+from pipelines import ledger
+from pipelines.ledger import LedgerRow, Marker
+from pipelines.poison import attempt, find_poison
+from pipelines.storage import Folder
+from schemas.recipe import Recipe
+
+Progress = Callable[[Marker, bool], None]  # (marker, whether it was already there)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One unit of one stage: what identifies the work (`digest`), and what the stage needs to do it (`payload`)."""
+
+    unit: str
+    digest: str
+    payload: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a build happens: the corpus, the recipe, and what relative source paths are relative to."""
+
+    corpus: Folder
+    recipe: Recipe
+    base: str
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An input that went on. `uid` identifies it from here on, `outputs` names what was made of it."""
+
+    uid: str = ""
+    outputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """An input that a rule or gate refused, with the value that decided."""
+
+    reason: str
+    value: float = -1.0
+    detail: str = ""
+    uid: str = ""
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """An input that is broken."""
+
+    reason: str
+    detail: str = ""
+
+
+Fate = Kept | Dropped | Quarantined
+
+
+class Stage(ABC):
+    """A pure function of one unit. Raise `version` when the same inputs give other outputs than before."""
+
+    name: ClassVar[str]
+    version: ClassVar[str]
+    whole_corpus: ClassVar[bool] = False  # one unit over the columns of all others: runs in the driver
+
+    def __init__(self, context: Context) -> None:
+        self.corpus, self.recipe, self.base = context.corpus, context.recipe, context.base
+
+    @abstractmethod
+    def tasks(self) -> list[Task]:
+        """All units of the stage, in output order. Reads markers and listings only."""
+
+    @abstractmethod
+    def run(self, task: Task) -> Marker:
+        """Do the work of one unit, write its outputs, and return the marker (the engine writes it)."""
+
+
+class RowStage(Stage):
+    """A stage that treats the rows of a unit one by one. An error costs the row, never the unit."""
+
+    @abstractmethod
+    def rows(self, task: Task) -> Iterator[Any]:
+        """Rows of the unit in a fixed order, streamed. Each has `input` (where from) and `uid` ("" if unknown)."""
+
+    @abstractmethod
+    def process(self, row: Any) -> tuple[Fate, Any]:
+        """The fate of one row, and what to write for it. Whatever it raises quarantines the row."""
+
+    @abstractmethod
+    def writer(self, task: Task) -> Any:
+        """Context manager with `add(index, row, result)` for kept rows; `outputs` is read after it closed."""
+
+    def run(self, task: Task) -> Marker:
+        with attempt(self.corpus, self.name, task) as deaths:
+            poison = find_poison(self, task) if deaths >= 2 else frozenset()
+            entries: list[LedgerRow] = []
+            with self.writer(task) as writer:
+                for index, row in enumerate(self.rows(task)):
+                    fate, result = (_POISON, None) if index in poison else self.guarded(row)
+                    if isinstance(fate, Kept):
+                        writer.add(index, row, result)
+                    entries.append(_entry(task.unit, index, row, fate))
+            outputs = dict(writer.outputs)
+            path = ledger.ledger_path(self.name, task.unit)
+            self.corpus.write_table(path, ledger.ledger_table(entries))
+            outputs[path] = describe(self.corpus, path)
+        return Marker(self.name, task.unit, task.digest, ledger.count(entries), outputs)
+
+    def guarded(self, row: Any) -> tuple[Fate, Any]:
+        """`process`, with an error turned into quarantine."""
+        try:
+            return self.process(row)
+        except Exception as error:
+            return Quarantined(f"error:{type(error).__name__}", f"{error}"[:500]), None
+
+
+_POISON = Quarantined("poison", "kills the process that handles it")
+
+
+def _entry(unit: str, index: int, row: Any, fate: Fate) -> LedgerRow:
+    match fate:
+        case Kept(uid, outputs):
+            return LedgerRow(unit, index, row.input, uid or row.uid, "kept", outputs=outputs)
+        case Dropped(reason, value, detail, uid):
+            return LedgerRow(unit, index, row.input, uid or row.uid, "dropped", reason, value, detail)
+        case Quarantined(reason, detail):
+            return LedgerRow(unit, index, row.input, row.uid, "quarantined", reason, detail=detail)
+
+
+def describe(corpus: Folder, name: str) -> dict[str, Any]:
+    """Size and sha256 of a file in the corpus, for a marker."""
+    digest, size = hashlib.sha256(), 0
+    with corpus.open(name) as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def is_done(stage: Stage) -> bool:
+    """Whether every unit of the stage has a marker of exactly this work."""
+    done = ledger.read_markers(stage.corpus, stage.name)
+    return all(t.unit in done and done[t.unit].digest == t.digest for t in stage.tasks())
+
+
+def run_stage(
+    stage: Stage,
+    context: Context,
+    tasks: list[Task],
+    workers: int,
+    progress: Progress,
+    expected: int | None = None,
+) -> list[Marker]:
+    """Bring a stage up to date.
+
+    Args:
+        stage: the stage; it must be one of `pipelines.stages.STAGES`, which workers make anew by name.
+        context: what workers make it from.
+        tasks: `stage.tasks()`.
+        workers: units at a time on Ray; 0 runs in this process without Ray.
+        progress: called once per unit.
+        expected: how many inputs the stage must account for.
+
+    Returns:
+        Markers of all units, in unit order.
+
+    Raises:
+        ConservationError: an input is unaccounted for.
+    """
+    done = ledger.read_markers(context.corpus, stage.name)
+    fresh = {t.unit: done[t.unit] for t in tasks if t.unit in done and done[t.unit].digest == t.digest}
+    for marker in fresh.values():
+        progress(marker, True)
+    todo = [t for t in tasks if t.unit not in fresh]
+    run = _run_here if workers == 0 or stage.whole_corpus else _run_on_ray
+    for marker in run(stage, context, todo, workers):
+        fresh[marker.unit] = marker
+        progress(marker, False)
+    markers = [fresh[t.unit] for t in tasks]
+    ledger.check_conservation(stage.name, ledger.totals(m.counts for m in markers), expected)
+    _prune(context.corpus, stage.name, {t.unit for t in tasks}, done)
+    return markers
+
+
+def _run_unit(stage: Stage, task: Task) -> Marker:
+    marker = stage.run(task)
+    marker.write(stage.corpus)
+    return marker
+
+
+def _run_here(stage: Stage, context: Context, tasks: list[Task], workers: int) -> Iterator[Marker]:
+    return (_run_unit(stage, task) for task in tasks)
+
+
+@cache
+def _worker_stage(arguments: str) -> Stage:
+    """A worker process makes each stage once, and keeps it for the units to come."""
+    import cv2
+
+    from pipelines.stages import make_stage
+
+    cv2.setNumThreads(1)
+    return make_stage(**json.loads(arguments))
+
+
+def _run_batch(batch: dict[str, Any], arguments: str) -> dict[str, Any]:
+    stage = _worker_stage(arguments)
+    tasks = [Task(**json.loads(text)) for text in batch["task"]]
+    return {"marker": [json.dumps(asdict(_run_unit(stage, task))) for task in tasks]}
+
+
+def _run_on_ray(stage: Stage, context: Context, tasks: list[Task], workers: int) -> Iterator[Marker]:
+    """Units as Ray Data tasks: worker processes, with what they imported, serve one stage after the other."""
+    import ray.data
+
+    if not tasks:
+        return
+    data = ray.data.DataContext.get_current()
+    data.enable_progress_bars = data.print_on_execution_start = False
+    data.target_max_block_size = None  # a unit is a block, whatever its size
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = [{"task": json.dumps(asdict(t))} for t in tasks]
+    arguments = {
+        "name": stage.name,
+        "corpus_url": context.corpus.url,
+        "recipe": context.recipe.model_dump(mode="json"),
+        "base": context.base,
+    }
+    units = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _run_batch,
+        fn_kwargs={"arguments": json.dumps(arguments)},
+        batch_size=None,
+        compute=ray.data.TaskPoolStrategy(size=workers),
+        num_cpus=1,
+    )
+    for row in units.iter_rows():
+        yield Marker(**json.loads(row["marker"]))
+
+
+def _prune(corpus: Folder, stage: str, units: set[str], done: dict[str, Marker]) -> None:
+    """Remove what units left behind that the plan no longer has; the marker goes first."""
+    for unit, marker in done.items():
+        if unit not in units:
+            for name in (ledger.marker_path(stage, unit), *marker.outputs):
+                corpus.remove(name)
+
+
+def connect(address: str | None, workers: int) -> None:
+    """Start Ray on this machine, or join the cluster at `address`."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        ray.init(address=address, **quiet)
+    else:
+        os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # Ray gives a busy machine only 60 s
+        ray.init(num_cpus=workers, include_dashboard=False, **quiet)

@@ -1,0 +1,88 @@
+"""A whole build: the stages in order, each checked against the one before, then the corpus is published."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+import yaml
+
+from pipelines import engine, ledger
+from pipelines.engine import Context, Stage
+from pipelines.progress import stage_progress
+from pipelines.publish import Digest, publish
+from pipelines.stages import STAGES
+from pipelines.stages.build import BuildStage
+from pipelines.stages.decide import DecideStage
+from pipelines.stages.ingest import IngestStage
+from pipelines.stages.pack import PackStage
+
+# What decides bytes: a corpus built with other versions of these may differ.
+_VERSIONED = ("x2i", "numpy", "opencv-python-headless", "pillow", "pyarrow", "controlnet_aux")
+
+
+def build(context: Context, workers: int, address: str | None = None, until: str = "publish") -> None:
+    """Bring a corpus up to date with its recipe and sources.
+
+    Args:
+        context: corpus, recipe and base of relative paths.
+        workers: units at a time on Ray; 0 runs everything in this process without Ray.
+        address: of a Ray cluster; None starts Ray on this machine.
+        until: the last stage to run: ingest, decide, build, pack or publish.
+
+    Raises:
+        pipelines.ledger.ConservationError: a stage lost an input.
+    """
+    if not context.corpus.exists("work/images"):  # never built, or cleaned up after publishing
+        if _is_published(context):
+            return
+        for stage in (IngestStage.name, BuildStage.name):
+            context.corpus.remove(f"{ledger.FOLDER}/{stage}")
+    if workers:
+        engine.connect(address, workers)
+    expected: int | None = None
+    for name, kind in STAGES.items():
+        kept = _run(kind(context), context, workers, expected)
+        if name == until:
+            return
+        # `build` makes several attempts per image and `pack` counts samples: only `decide` has a known input.
+        expected = kept if name == "ingest" else None
+    _publish(context)
+
+
+def publish_parts(context: Context) -> None:
+    """Pack the parts that are there and publish them, in this process."""
+    _run(PackStage(context), context, 0, None)
+    _publish(context)
+
+
+def _is_published(context: Context) -> bool:
+    """Whether the published corpus is what the recipe and its sources would give again."""
+    if not context.corpus.exists("manifest.json"):
+        return False
+    recipe = context.corpus.read_bytes("recipe.yaml").decode()
+    stages: list[Stage] = [kind(context) for kind in (IngestStage, DecideStage, BuildStage)]
+    return recipe == _recipe_text(context) and all(engine.is_done(stage) for stage in stages)
+
+
+def _recipe_text(context: Context) -> str:
+    return yaml.safe_dump(context.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _run(stage: Stage, context: Context, workers: int, expected: int | None) -> int:
+    tasks = stage.tasks()
+    with stage_progress(stage.name, len(tasks)) as progress:
+        markers = engine.run_stage(stage, context, tasks, workers, progress, expected)
+    return ledger.totals(m.counts for m in markers)["kept"]
+
+
+def _publish(context: Context) -> None:
+    markers = ledger.read_markers(context.corpus, PackStage.name).values()
+    shards = {name: made for m in markers for name, made in m.outputs.items() if name.endswith(".tar")}
+    publish(
+        context.corpus,
+        context.recipe.name,
+        _recipe_text(context),
+        {"python": platform.python_version()} | {name: version(name) for name in _VERSIONED},
+        {name: Digest(**made) for name, made in shards.items()},
+    )

@@ -1,0 +1,20 @@
+"""The stages of a build, in the order in which they run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipelines.engine import Context, Stage
+from pipelines.recipes import RECIPE
+from pipelines.stages.build import BuildStage
+from pipelines.stages.decide import DecideStage
+from pipelines.stages.ingest import IngestStage
+from pipelines.stages.pack import PackStage
+from pipelines.storage import Folder
+
+STAGES: dict[str, type[Stage]] = {s.name: s for s in (IngestStage, DecideStage, BuildStage, PackStage)}
+
+
+def make_stage(name: str, corpus_url: str, recipe: dict[str, Any], base: str) -> Stage:
+    """A stage from plain values: how a worker gets its own."""
+    return STAGES[name](Context(Folder(corpus_url), RECIPE.model_validate(recipe), base))

@@ -1,0 +1,176 @@
+"""build: every kept image of a unit through every builder; samples go to one part per stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import IO, Any
+
+import pyarrow as pa
+
+from builders.base import Builder, Rejected, Sample, SourceImage
+from builders.ready import ReadyImage, build_ready
+from builders.registry import BUILDERS
+from filters.decide import split_of
+from pipelines import ledger
+from pipelines.engine import Context, Dropped, Fate, Kept, RowStage, Task, describe
+from pipelines.stages.decide import DecideStage
+from pipelines.stages.ingest import IngestStage, images_path, in_source_order, tar_path
+from schemas.arrow import SAMPLES
+from schemas.identity import digest_of, generator
+from schemas.records import Captions, ImageRecord, Op
+from schemas.shards import encode_sample, iter_bytes
+from schemas.vocabulary import STREAMS
+
+
+def part_path(stream: str, unit: str) -> str:
+    """Samples of one unit and stream as they will stand in a shard, without the end of an archive."""
+    return f"work/parts/{stream}/{unit}.tar"
+
+
+def part_index_path(stream: str, unit: str) -> str:
+    return f"work/parts/{stream}/{unit}.parquet"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A row of this stage: one builder's attempt at one image."""
+
+    input: str
+    uid: str
+    image: SourceImage | ReadyImage
+    builder: str
+    name: str
+
+
+class BuildStage(RowStage):
+    name = "build"
+    version = "1"
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        sections = self.recipe.builders()
+        self.builders: dict[str, Builder] = {n: b(sections[n]) for n, b in BUILDERS.items() if n in sections}
+
+    def tasks(self) -> list[Task]:
+        verdicts = ledger.read_markers(self.corpus, DecideStage.name)["all"].outputs
+        params = {n: [b.version, b.params.model_dump(mode="json")] for n, b in self.builders.items()}
+        same_for_all = [self.version, self.recipe.seed, self.recipe.decide.splits.model_dump(mode="json"), params]
+        return [
+            Task(u, digest_of([same_for_all, m.content, verdicts[ledger.ledger_path(DecideStage.name, u)]]), {})
+            for u, m in in_source_order(self.recipe, ledger.read_markers(self.corpus, IngestStage.name)).items()
+        ]
+
+    def rows(self, task: Task) -> Iterator[Attempt]:
+        for image in self._kept_images(task.unit):
+            uid = image.record.uid
+            if isinstance(image, ReadyImage):
+                yield Attempt(f"{uid}/ready/sample", uid, image, "ready", "sample")
+                continue
+            for name, builder in self.builders.items():
+                for attempt in builder.attempts(image.record, generator(self.recipe.seed, uid, name)):
+                    yield Attempt(f"{uid}/{name}/{attempt}", uid, image, name, attempt)
+
+    def process(self, row: Attempt) -> tuple[Fate, list[Sample] | None]:
+        if isinstance(row.image, ReadyImage):
+            outcome = build_ready(row.image)
+        else:
+            rng = generator(self.recipe.seed, f"{row.uid}/{row.name}", row.builder)
+            outcome = self.builders[row.builder].build(row.image, row.name, rng)
+        if isinstance(outcome, Rejected):
+            return Dropped(outcome.reason, outcome.value, outcome.detail), None
+        return Kept(outputs=tuple(s.record.key for s in outcome)), outcome
+
+    def writer(self, task: Task) -> PartWriter:
+        return PartWriter(self, task.unit)
+
+    def _kept_images(self, unit: str) -> Iterator[SourceImage | ReadyImage]:
+        verdicts = self.corpus.read_table(ledger.ledger_path(DecideStage.name, unit), ["row", "status"]).to_pylist()
+        kept = {v["row"] for v in verdicts if v["status"] == "kept"}
+        images = self.corpus.read_table(images_path(unit)).to_pylist()
+        with self.corpus.open(tar_path(unit)) as tar:
+            for row in images:
+                if row["row"] in kept:
+                    members = {name: _read(tar, *place) for name, place in json.loads(row["members"]).items()}
+                    yield _source_image(self._record(row), row["ready"], members)
+
+    def _record(self, row: dict[str, Any]) -> ImageRecord:
+        scene = row["scene_id"] or row["uid"]
+        inherited = {k: row[k] for k in ("license", "license_url", "author", "source_url", "optout")}
+        return ImageRecord(
+            **inherited,
+            uid=row["uid"],
+            width=row["width"],
+            height=row["height"],
+            captions=Captions(**row["captions"]),
+            entities=json.loads(row["entities"]),
+            scene_id=scene,
+            split=split_of(scene, self.recipe.decide.splits),
+            ops=(Op.of("ingest", IngestStage.version, changes=row["changes"], input=row["input"]),),
+        )
+
+
+def _read(tar: IO[bytes], offset: int, size: int) -> bytes:
+    tar.seek(offset)
+    return tar.read(size)
+
+
+def _source_image(record: ImageRecord, ready: str, members: dict[str, bytes]) -> SourceImage | ReadyImage:
+    if ready:
+        return ReadyImage.of(record, json.loads(ready), members)
+    return SourceImage(record, members["jpg"], members.get("depth.png", b""))
+
+
+class PartWriter:
+    """Appends samples to one tar part per stream, and writes the index of each when the unit is complete."""
+
+    def __init__(self, stage: BuildStage, unit: str) -> None:
+        self.corpus, self.unit = stage.corpus, unit
+        self.outputs: dict[str, dict[str, Any]] = {}
+        self._files: dict[str, Any] = {}
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._keys: set[str] = set()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def add(self, index: int, row: Attempt, samples: list[Sample]) -> None:
+        for sample in samples:
+            key, stream = sample.record.key, sample.record.stream
+            if key in self._keys:
+                raise ValueError(f"builder {row.builder} made key {key} twice in unit {self.unit}")
+            self._keys.add(key)
+            data = encode_sample(key, sample.members, STREAMS[stream])
+            self._file(stream).write(data)
+            self._append_row(sample, data)
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+        if error[0] is not None:
+            return
+        for stream, rows in self._rows.items():
+            self.corpus.write_table(part_index_path(stream, self.unit), pa.Table.from_pylist(rows, SAMPLES))
+            for name in (part_path(stream, self.unit), part_index_path(stream, self.unit)):
+                self.outputs[name] = describe(self.corpus, name)
+
+    def _file(self, stream: str) -> Any:
+        if stream not in self._files:
+            path = self._stack.enter_context(self.corpus.writing(part_path(stream, self.unit)))
+            self._files[stream] = self._stack.enter_context(path.open("wb"))
+            self._rows[stream] = []
+        return self._files[stream]
+
+    def _append_row(self, sample: Sample, data: bytes) -> None:
+        rows = self._rows[sample.record.stream]
+        start = rows[-1]["offset"] + rows[-1]["size"] if rows else 0
+        sizes = sample.image_sizes
+        members = [
+            {"name": name, "offset": start + m.offset, "size": m.size, **sizes.get(name, {"width": -1, "height": -1})}
+            for span in iter_bytes(data)
+            for name, m in span.members.items()
+        ]
+        place = {"shard": "", "index": len(rows), "offset": start, "size": len(data), "members": members}
+        rows.append({**sample.record.model_dump(mode="json"), **place})
