@@ -82,6 +82,11 @@ class Stage(ABC):
     def __init__(self, context: Context) -> None:
         self.corpus, self.recipe, self.base = context.corpus, context.recipe, context.base
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a person should know about the plan; complete once `tasks` was called."""
+        return []
+
     @abstractmethod
     def tasks(self) -> list[Task]:
         """All units of the stage, in output order. Reads markers and listings only."""
@@ -243,7 +248,7 @@ def _run_on_ray(stage: Stage, context: Context, tasks: list[Task], workers: int)
         "base": context.base,
     }
     units = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _run_batch,
+        _run_batch,  # type: ignore[arg-type]  # Ray's stubs do not know of fn_kwargs
         fn_kwargs={"arguments": json.dumps(arguments)},
         batch_size=None,
         compute=ray.data.TaskPoolStrategy(size=workers),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipelines import engine
 from pipelines.ledger import Marker, totals
@@ -19,13 +19,11 @@ def stage_progress(stage: str, units: int) -> Iterator[engine.Progress]:
     """A progress bar; units that were already done do not count into the rate."""
     counts: list[dict[str, int]] = []
     columns = (
-        TextColumn("{task.description:>8}"),
-        BarColumn(bar_width=24),
+        TextColumn("{task.description:>6}"),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
-        TextColumn("units  {task.fields[rows]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[rows]}"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(stage, total=units, rows="")

@@ -7,9 +7,9 @@ from importlib.metadata import version
 
 import yaml
 
-from pipelines import engine, ledger
+from pipelines import __version__, engine, ledger
 from pipelines.engine import Context, Stage
-from pipelines.progress import stage_progress
+from pipelines.progress import console, stage_progress
 from pipelines.publish import Digest, publish
 from pipelines.stages import STAGES
 from pipelines.stages.build import BuildStage
@@ -18,7 +18,7 @@ from pipelines.stages.ingest import IngestStage
 from pipelines.stages.pack import PackStage
 
 # What decides bytes: a corpus built with other versions of these may differ.
-_VERSIONED = ("x2i", "numpy", "opencv-python-headless", "pillow", "pyarrow", "controlnet_aux")
+_VERSIONED = ("numpy", "opencv-python-headless", "pillow", "pyarrow", "controlnet_aux")
 
 
 def build(context: Context, workers: int, address: str | None = None, until: str = "publish") -> None:
@@ -71,6 +71,8 @@ def _recipe_text(context: Context) -> str:
 
 def _run(stage: Stage, context: Context, workers: int, expected: int | None) -> int:
     tasks = stage.tasks()
+    for warning in stage.warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
     with stage_progress(stage.name, len(tasks)) as progress:
         markers = engine.run_stage(stage, context, tasks, workers, progress, expected)
     return ledger.totals(m.counts for m in markers)["kept"]
@@ -83,6 +85,6 @@ def _publish(context: Context) -> None:
         context.corpus,
         context.recipe.name,
         _recipe_text(context),
-        {"python": platform.python_version()} | {name: version(name) for name in _VERSIONED},
+        {"x2i": __version__, "python": platform.python_version()} | {name: version(name) for name in _VERSIONED},
         {name: Digest(**made) for name, made in shards.items()},
     )

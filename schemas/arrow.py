@@ -43,14 +43,8 @@ IMAGES = pa.schema(
         ("source_width", pa.int32()),
         ("source_height", pa.int32()),
         ("source_format", pa.string()),
-        (
-            "changes",
-            pa.list_(pa.string()),
-        ),  # what normalisation did; empty when the source bytes passed through
-        ("offset", pa.int64()),
-        ("size", pa.int64()),
-        ("depth_offset", pa.int64()),  # -1: the source carries no depth
-        ("depth_size", pa.int64()),
+        ("changes", pa.list_(pa.string())),  # what normalisation did or noted
+        ("members", pa.string()),  # JSON: member -> [offset, size] in the unit's tar
         ("captions", _CAPTIONS),
         ("entities", pa.string()),
         ("scene_id", pa.string()),
@@ -59,7 +53,7 @@ IMAGES = pa.schema(
         ("author", pa.string()),
         ("source_url", pa.string()),
         ("optout", pa.bool_()),
-        ("ready", pa.string()),  # JSON of a finished sample (task, instruction, places of its images), or ""
+        ("ready", pa.string()),  # JSON of a finished sample (task, instruction, its images), or ""
     ]
 )
 

@@ -29,16 +29,18 @@ class Section(BaseModel):
 class Ingest(Section):
     """How sources become normalised images."""
 
-    unit_rows: int = Field(1000, ge=1, description="rows per unit: what is lost at most when a worker dies")
-    max_pixels: int = Field(1 << 20, ge=64, description="larger images are scaled down to this many pixels")
-    max_source_pixels: int = Field(178_956_970, ge=64, description="images whose header says more are quarantined")
+    unit_rows: int = Field(default=1000, ge=1, description="rows per unit: what is lost at most when a worker dies")
+    max_pixels: int = Field(default=1 << 20, ge=64, description="larger images are scaled down to this many pixels")
+    max_source_pixels: int = Field(
+        default=178_956_970, ge=64, description="images whose header says more are quarantined"
+    )
 
 
 class Splits(Section):
     """Shares of scenes held out. All samples of one scene are in one split."""
 
-    val: float = Field(0.0, ge=0, lt=1)
-    test: float = Field(0.0, ge=0, lt=1)
+    val: float = Field(default=0.0, ge=0, lt=1)
+    test: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _leaves_training_data(self) -> Splits:
@@ -50,16 +52,18 @@ class Splits(Section):
 class Decide(Section):
     """Which images are used. Changing a rule runs no model and rebuilds only the units it changes."""
 
-    min_side: int = Field(64, ge=1, description="shorter side in pixels, at least")
-    max_aspect: float = Field(3.0, ge=1, description="longer side / shorter side, at most")
-    licenses: tuple[str, ...] = Field((), description="allow-list of licences; empty allows all")
+    min_side: int = Field(default=64, ge=1, description="shorter side in pixels, at least")
+    max_aspect: float = Field(default=3.0, ge=1, description="longer side / shorter side, at most")
+    licenses: tuple[str, ...] = Field(default=(), description="allow-list of licences; empty allows all")
     splits: Splits = Splits()
 
 
 class Pack(Section):
     """How samples become shards."""
 
-    shard_bytes: int = Field(512 * _MIB, ge=1 << 16, description="target size of a shard in bytes, or e.g. `512MiB`")
+    shard_bytes: int = Field(
+        default=512 * _MIB, ge=1 << 16, description="target size of a shard in bytes, or e.g. `512MiB`"
+    )
 
     @field_validator("shard_bytes", mode="before")
     @classmethod
@@ -73,7 +77,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"[a-z0-9][a-z0-9_-]*")
     description: str = ""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     sources: tuple[Source, ...] = Field(min_length=1)
     ingest: Ingest = Ingest()
     decide: Decide = Decide()
@@ -87,7 +91,7 @@ class Recipe(Section):
             raise ValueError(f"two sources are named {', '.join(twice)}")
         return self
 
-    def builders(self) -> dict[str, BaseModel]:
+    def builders(self) -> dict[str, Any]:
         """Parameters of the builders that the recipe asks for, by name, in a fixed order."""
         given = {name: getattr(self.build, name) for name in type(self.build).model_fields}
         return {name: params for name, params in given.items() if params is not None}

@@ -67,7 +67,7 @@ class Op(Record):
     revision: str = ""
 
     @classmethod
-    def of(cls, name: str, version: str, **params: Any) -> Op:
+    def of(cls, name: str, version: str, /, **params: Any) -> Op:
         """An operation without a model, from plain parameters."""
         return cls(name=name, version=version, params=json.dumps(params, sort_keys=True))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -33,10 +33,11 @@ class SourceBase(BaseModel):
         optout: True marks every row of the source as opted out.
         scene_from: images of one scene never straddle train/val/test. `field` uses the row's `scene_id`, `folder`
             the image's folder; `uid` (and the others where they yield nothing) makes every image its own scene.
-        fields: field -> its name in the source (column, or key of the JSON), where the two differ. See `Fields`
-            in the manual for what the fields mean: `caption` and `caption_short` are descriptions, `alt` is text
-            found beside an image, `entities` a list of `{phrase, label, box, mask, score}` in pixels of the upright
-            image, `depth` a 16-bit PNG (larger is nearer, 0 unknown).
+        fields: field -> its name in the source (column, or key of the JSON), where the two differ. `caption` and
+            `caption_short` describe the image, `alt` is text found beside it; `entities` is a list of `{phrase,
+            label, box: [x0, y0, x1, y1], mask, score}` in pixels of the upright image, a mask being uncompressed
+            COCO run lengths, polygons, or the path of a mask image; `depth` is a 16-bit PNG (larger is nearer, 0
+            unknown).
         max_caption_chars: longer captions quarantine their row.
     """
 
@@ -49,7 +50,7 @@ class SourceBase(BaseModel):
     author: str = ""
     optout: bool = False
     scene_from: Literal["field", "folder", "uid"] = "field"
-    fields: dict[FieldName, str] = Field(default_factory=dict)
+    fields: dict[FieldName, str] = {}
     max_caption_chars: int = Field(default=8000, gt=0)
 
     @field_validator("path")
@@ -99,10 +100,8 @@ class WebDatasetSource(SourceBase):
         dotted_keys: split a member's name at its last dot instead of its first (`v1.5_001.jpg`).
     """
 
-    IMAGES: ClassVar[tuple[str, ...]] = ("jpg", "jpeg", "png", "webp")
-
     type: Literal["webdataset"] = "webdataset"
-    fields: dict[FieldName, str] = Field(default_factory=lambda: {"alt": "caption", "source_url": "url"})
+    fields: dict[FieldName, str] = {"alt": "caption", "source_url": "url"}
     text_is: Literal["alt", "caption", "caption_short"] = "alt"
     dotted_keys: bool = False
 
@@ -125,7 +124,7 @@ class X2ISource(SourceBase):
     type: Literal["x2i"] = "x2i"
     image_root: str = ""
     default_task: str = ""
-    tasks: dict[str, str] = Field(default_factory=dict)
+    tasks: dict[str, str] = {}
 
 
 Source = Annotated[

@@ -76,6 +76,11 @@ class IngestStage(RowStage):
         super().__init__(context)
         self.readers = {source.name: open_reader(source, self.base) for source in self.recipe.sources}
 
+    @property
+    def warnings(self) -> list[str]:
+        """What the last listing left out, by source."""
+        return [f"source {name}: {text}" for name, reader in self.readers.items() for text in reader.warnings]
+
     def tasks(self) -> list[Task]:
         return [task for source in self.readers for task in self._source_tasks(source)]
 
@@ -114,7 +119,7 @@ class IngestStage(RowStage):
             "entities": json.dumps([e.model_dump(mode="json") for e in entities]),
             "ready": "",
         }
-        members = {"jpg": image.jpeg} | ({"depth.png": depth} if depth else {})
+        members = {"jpg": image.data} | ({"depth.png": depth} if depth else {})
         return Ingested(members, _inherited(row) | _geometry(image) | columns)
 
     def _ready(self, row: ReadySample) -> Ingested:
@@ -129,12 +134,16 @@ class IngestStage(RowStage):
         }
         columns = {"captions": Captions().model_dump(), "entities": "[]", "ready": json.dumps(ready)}
         target = images[kinds[len(row.inputs)]]
-        return Ingested({m: i.jpeg for m, i in images.items()}, _inherited(row) | _geometry(target) | columns)
+        return Ingested({m: i.data for m, i in images.items()}, _inherited(row) | _geometry(target) | columns)
 
     def _normalise(self, data: bytes, declared: str, lossless: bool = False) -> Normalised:
         limits = self.recipe.ingest
         return normalise(
-            data, limits.max_pixels, declared=declared, max_source_pixels=limits.max_source_pixels
+            data,
+            limits.max_pixels,
+            declared=declared,
+            max_source_pixels=limits.max_source_pixels,
+            lossless=lossless,
         )
 
 

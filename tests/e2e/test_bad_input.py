@@ -38,12 +38,12 @@ def sources(tmp_path_factory, photo_folder):
     shutil.copy(good, root / "good.jpg")
     (root / "tars").mkdir()
     with tarfile.open(root / "tars/whole.tar", "w") as tar:
-        for i in range(3):
+        for i in range(6):
             tar.add(photo_folder / "flower.jpg", f"{i:04d}.jpg")
             tar.add(photo_folder / "flower.txt", f"{i:04d}.txt")
     whole = (root / "tars/whole.tar").read_bytes()
     (root / "tars/whole.tar").unlink()
-    (root / "tars/cut.tar").write_bytes(whole[: len(whole) // 2])
+    (root / "tars/cut.tar").write_bytes(whole[: len(whole) * 2 // 3])
     return root
 
 
@@ -108,5 +108,7 @@ def test_inputs_are_conserved_and_the_corpus_is_clean(corpus):
     images = sum(1 for r in ledger_rows(corpus, "ingest") if r["status"] == "kept")
     assert len(ledger_rows(corpus, "decide")) == images
     assert lint(corpus) == []
-    instructions = [t for n in corpus.list("meta/samples", ".parquet") for t in corpus.read_table(n)["instruction"].to_pylist()]
+    instructions = [
+        t for n in corpus.list("meta/samples", ".parquet") for t in corpus.read_table(n)["instruction"].to_pylist()
+    ]
     assert "A cup of coffee on a table" in instructions and not any("\x00" in t for t in instructions)

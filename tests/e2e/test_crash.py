@@ -19,7 +19,17 @@ KILLS = 10
 
 
 def start(recipe: Path, corpus: Path, workers: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "pipelines.cli", "build", str(recipe), "-c", str(corpus), "--workers", str(workers)]
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "build",
+        str(recipe),
+        "-c",
+        str(corpus),
+        "--workers",
+        str(workers),
+    ]
     log = corpus.with_suffix(".log").open("ab")
     return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 
+from builders.codec import decode_rgb
 from pipelines.corpus import iter_index, read_members
 from pipelines.engine import Context
 from pipelines.export import export_x2i
@@ -22,9 +22,7 @@ def samples(corpus: Folder) -> dict[tuple, list[np.ndarray]]:
         for row in table.to_pylist():
             members = read_members(corpus, row)
             names = [n for n in STREAMS[row["stream"]].image_members if n != "edit_mask.png"]
-            found[row["task"], row["subtask"], row["instruction"]] = [
-                cv2.imdecode(np.frombuffer(members[n], np.uint8), cv2.IMREAD_UNCHANGED) for n in names
-            ]
+            found[row["task"], row["subtask"], row["instruction"]] = [decode_rgb(members[n]) for n in names]
     return found
 
 

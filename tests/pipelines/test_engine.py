@@ -68,7 +68,10 @@ def test_a_new_threshold_rebuilds_only_the_units_it_changes(corpus):
     images = [corpus.path / "work/images" / f"photos-00000{i}.parquet" for i in range(3)]
     import pyarrow.parquet as pq
 
-    aspects = [[max(r["width"], r["height"]) / min(r["width"], r["height"]) for r in pq.read_table(p).to_pylist()] for p in images]
+    aspects = [
+        [max(r["width"], r["height"]) / min(r["width"], r["height"]) for r in pq.read_table(p).to_pylist()]
+        for p in images
+    ]
     widest = max(max(unit) for unit in aspects)
     changed = {f"photos-00000{i}" for i, unit in enumerate(aspects) if max(unit) == widest}
     corpus.recipe["decide"]["max_aspect"] = widest - 0.001
@@ -141,9 +144,16 @@ def test_every_input_has_a_fate(corpus):
     for stage in STAGES:
         assert counts[stage]["inputs"] == sum(counts[stage][f] for f in ("kept", "dropped", "quarantined"))
     rows = [r for n in folder.list("meta/ledger/decide", ".parquet") for r in folder.read_table(n).to_pylist()]
-    assert [(r["input"].rpartition("/")[2], r["reason"]) for r in rows if r["status"] == "dropped"] == [("zz_copy.jpg", "duplicate")]
+    assert [(r["input"].rpartition("/")[2], r["reason"]) for r in rows if r["status"] == "dropped"] == [
+        ("zz_copy.jpg", "duplicate")
+    ]
     samples = sum(len(folder.read_table(n)) for n in folder.list("meta/samples", ".parquet"))
-    outputs = [k for n in folder.list("meta/ledger/build", ".parquet") for r in folder.read_table(n).to_pylist() for k in r["outputs"]]
+    outputs = [
+        k
+        for n in folder.list("meta/ledger/build", ".parquet")
+        for r in folder.read_table(n).to_pylist()
+        for k in r["outputs"]
+    ]
     assert samples == counts["pack"]["kept"] == len(outputs) == len(set(outputs))
 
 
