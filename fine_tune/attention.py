@@ -1,0 +1,173 @@
+"""Attention under the OmniGen mask: one key interval ``[lo, hi)`` per query row.
+
+A text or time token sees everything before it and itself; an image token also sees the rest of its own image
+(OmniGen, arXiv:2409.11340, section 2.2). Seen from a row of a packed batch, both are a single interval of keys that
+starts at the row's own sequence, so a mask is two integers per row however many samples and images a pack holds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
+
+Backend = Literal["auto", "sdpa", "flex", "flex_flash"]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+BLOCK = 128  # rows and keys per mask block: FlexAttention's default, and what its kernels are tuned for
+
+# Compiled once per process: blocks of all layers and steps share it, and a new BlockMask does not recompile it.
+_compiled_flex_attention = torch.compile(flex_attention, fullgraph=True)
+
+
+@dataclass(frozen=True)
+class IntervalMask:
+    """Query row ``q`` attends to the keys ``lo[q] <= k < hi[q]``.
+
+    Attributes:
+        lo, hi: int32 tensors of shape [T_q] with ``0 <= lo < hi <= kv_length``; no row is empty.
+        kv_length: number of keys; equals T_q unless the queries are a subset of the rows.
+    """
+
+    lo: Tensor
+    hi: Tensor
+    kv_length: int
+
+    def attended_pairs(self) -> int:
+        """Number A of (query, key) pairs computed, for exact FLOPs. Waits for the device."""
+        return int((self.hi - self.lo).sum())
+
+    def dense(self) -> Tensor:
+        """The same mask as a bool tensor [T_q, kv_length], true where attention is allowed."""
+        keys = torch.arange(self.kv_length, device=self.lo.device)
+        return (keys >= self.lo[:, None]) & (keys < self.hi[:, None])
+
+    def rows(self, rows: Tensor) -> IntervalMask:
+        """The mask of the queries ``rows`` (int64 [R]) against all keys."""
+        return IntervalMask(self.lo[rows], self.hi[rows], self.kv_length)
+
+    def compact(self, rows: Tensor) -> IntervalMask:
+        """The mask among the sorted ``rows`` alone, keys outside of them dropped.
+
+        Every row must attend to at least one of ``rows``; it keeps exactly those keys of its interval.
+        """
+        kept = torch.zeros(self.kv_length + 1, dtype=torch.int32, device=rows.device)
+        kept[rows + 1] = 1
+        kept_before = kept.cumsum(0, dtype=torch.int32)
+        return IntervalMask(kept_before[self.lo[rows]], kept_before[self.hi[rows]], len(rows))
+
+    def block_mask(self, q_block: int = BLOCK, kv_block: int = BLOCK) -> BlockMask:
+        """The FlexAttention block lists, counted from the intervals instead of evaluating all T_q x T_k pairs.
+
+        Equals ``create_block_mask`` on the same mask. One list for all heads (``H=None``); no device wait.
+        """
+        q_length = len(self.lo)
+        touched = self._rows_covering(self.lo // kv_block, (self.hi - 1) // kv_block + 1, q_block, kv_block) > 0
+        inside = self._rows_covering((self.lo - 1) // kv_block + 1, self.hi // kv_block, q_block, kv_block)
+        full = inside == q_block
+        return BlockMask.from_kv_blocks(
+            *_block_lists(touched & ~full),
+            *_block_lists(full),
+            BLOCK_SIZE=(q_block, kv_block),
+            mask_mod=_interval_mask_mod(self.lo, self.hi),
+            seq_lengths=(q_length, self.kv_length),
+        )
+
+    def _rows_covering(self, first: Tensor, stop: Tensor, q_block: int, kv_block: int) -> Tensor:
+        """Rows of each query block whose key blocks ``[first, stop)`` include each key block: int32 [n_q, n_kv]."""
+        n_q, n_kv = -(-len(self.lo) // q_block), -(-self.kv_length // kv_block)
+        row_of_block = torch.arange(len(self.lo), device=self.lo.device) // q_block * (n_kv + 1)
+        steps = torch.zeros(n_q * (n_kv + 1), dtype=torch.int32, device=self.lo.device)
+        one = torch.ones_like(self.lo)
+        steps.index_add_(0, row_of_block + first, one)
+        steps.index_add_(0, row_of_block + torch.maximum(first, stop), one, alpha=-1)
+        return steps.view(n_q, n_kv + 1).cumsum(1, dtype=torch.int32)[:, :-1]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, backend: Backend = "auto") -> Tensor:
+    """softmax(q kᵀ / √head_dim) v over each row's interval.
+
+    Args:
+        q: [T_q, H, K]; k, v: [T_k, H_kv, K] with H a multiple of H_kv; one floating dtype for all three.
+        mask: the intervals of the T_q rows over the T_k keys.
+        backend: see `prepare`.
+
+    Returns:
+        [T_q, H, K] in the dtype of q.
+    """
+    return prepare(mask, backend)(q, k, v)
+
+
+def prepare(mask: IntervalMask, backend: Backend = "auto") -> Attend:
+    """Build the backend's form of ``mask`` once, for use by all layers of a step.
+
+    Args:
+        mask: the intervals, on the device that computes.
+        backend: ``sdpa`` (dense bool mask; any device; the reference), ``flex`` (FlexAttention; on CPU without
+            gradients), ``flex_flash`` (FlexAttention on the FlashAttention-4 kernels; fp16/bf16, Hopper or newer),
+            ``auto`` (``flex`` on CUDA, else ``sdpa``).
+
+    Returns:
+        ``attend(q, k, v)`` with the shapes of `attention`.
+
+    Raises:
+        ValueError: unknown backend.
+        RuntimeError: ``flex_flash`` without the package or device it needs.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"attention backend {backend!r} is unknown; choose one of {', '.join(get_args(Backend))}")
+    device = mask.lo.device
+    if backend == "auto":
+        backend = "flex" if device.type == "cuda" else "sdpa"
+    if backend == "sdpa":
+        return partial(_sdpa, attn_mask=mask.dense())
+    if backend == "flex":
+        return partial(_flex, block_mask=mask.block_mask(), kernel_options={})
+    # The Blackwell forward kernel works on query tiles of 256 rows, the Hopper one on 128.
+    q_block = 256 if _flash_device_generation(device) >= 10 else BLOCK
+    return partial(_flex, block_mask=mask.block_mask(q_block), kernel_options={"BACKEND": "FLASH"})
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, kernel_options: FlexKernelOptions) -> Tensor:
+    on_cpu = q.device.type == "cpu"
+    if on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise RuntimeError("FlexAttention has no backward on CPU; use attention backend 'sdpa' to train there")
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    run = flex_attention if on_cpu else _compiled_flex_attention
+    out = run(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=kernel_options)
+    return out[0].transpose(0, 1)
+
+
+def _interval_mask_mod(lo: Tensor, hi: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def mask_mod(batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return (kv >= lo[q]) & (kv < hi[q])
+
+    return mask_mod
+
+
+def _block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Bool [n_q, n_kv] -> (counts int32 [1, 1, n_q], key block indices int32 [1, 1, n_q, n_kv], set ones first)."""
+    order = blocks.int().argsort(dim=1, descending=True, stable=True)
+    return blocks.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+
+def _flash_device_generation(device: torch.device) -> int:
+    """Compute capability (major) of a device that can run the FlashAttention-4 kernels, or an error."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
+        raise RuntimeError(f"attention backend 'flex_flash' needs a Hopper or newer CUDA device, not {device}")
+    if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+        raise RuntimeError("attention backend 'flex_flash' needs the package flash-attn-4 (module flash_attn.cute)")
+    return torch.cuda.get_device_capability(device)[0]
