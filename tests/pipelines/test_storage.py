@@ -15,7 +15,7 @@ from pipelines.storage import Folder
 
 
 @pytest.fixture
-def bucket(monkeypatch):
+def bucket(monkeypatch, request):
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -26,8 +26,9 @@ def bucket(monkeypatch):
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("pool")
-    yield "s3://pool"
+    name = request.node.name.replace("_", "-")  # the server forgets nothing while the process lives
+    s3fs.S3FileSystem().mkdir(name)
+    yield f"s3://{name}"
     s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
 
