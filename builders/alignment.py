@@ -55,17 +55,19 @@ def measure_pair(source: np.ndarray, target: np.ndarray, mask: np.ndarray) -> Pa
     is_global = not outside.any()
     # absdiff, because numpy's uint8 subtraction wraps around: |10 - 20| would be 246.
     difference = cv2.absdiff(source, target)
+    # A global change has no outside; indexing with a full mask would only copy the picture.
+    inner, outer = (difference, difference[:0]) if is_global else (difference[mask], difference[outside])
     before, after = (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32) for image in (source, target))
     shift = shift_between(before, after, mask, _GLOBAL_SLACK) if is_global else shift_between(before, after, outside)
     align = Alignment(
-        psnr_outside=_psnr(difference[outside]),
+        psnr_outside=_psnr(outer),
         ssim_outside=_ssim(before, after, outside),
-        l1_outside=_mean(difference[outside]),
+        l1_outside=_mean(outer),
         shift_px=shift,
     )
     unshifted = 0 <= shift <= MAX_SHIFT
     agrees = align.psnr_outside >= MIN_PSNR and (unshifted or shift == UNKNOWN)
-    return PairMeasure(align, Change(l1_inside=_mean(difference[mask])), unshifted if is_global else agrees)
+    return PairMeasure(align, Change(l1_inside=_mean(inner)), unshifted if is_global else agrees)
 
 
 def psnr(source: np.ndarray, target: np.ndarray) -> float:

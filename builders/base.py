@@ -6,15 +6,17 @@ or quarantined (an error, recorded by the engine). `attempts` must be cheap: it 
 
 from __future__ import annotations
 
+import difflib
 import io
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat
 
 from builders.codec import decode_raw, decode_rgb
 from schemas.identity import sample_key
@@ -26,6 +28,30 @@ class BuilderParams(BaseModel):
     """Base of a builder's recipe section: unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _equal_weights(value: Any) -> Any:
+    return dict.fromkeys(value, 1.0) if isinstance(value, list | tuple) else value
+
+
+# In a recipe: names with weights, or a list of names that weigh alike.
+Weights = Annotated[dict[str, PositiveFloat], BeforeValidator(_equal_weights), Field(min_length=1)]
+
+
+def check_names(weights: Weights, known: Collection[str], what: str) -> Weights:
+    """Return `weights` unchanged, or raise ValueError with the unknown name and those that it may have meant."""
+    for name in weights:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise ValueError(f"unknown {what} {name!r}; {hint}")
+    return weights
+
+
+def draw_names(weights: Weights, count: int, rng: np.random.Generator) -> list[str]:
+    """At most `count` different names, drawn by weight."""
+    p = np.array(list(weights.values())) / sum(weights.values())
+    return [str(name) for name in rng.choice(list(weights), size=min(count, len(weights)), replace=False, p=p)]
 
 
 @dataclass(frozen=True)

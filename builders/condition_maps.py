@@ -8,14 +8,25 @@ itself, so they are targets only.
 from __future__ import annotations
 
 import json
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, PositiveFloat, field_validator
+from pydantic import Field, field_validator
 
 from builders.annotators.layouts import Boxes, Referring, ReferringOutline, Segmentation
 from builders.annotators.maps import Canny, ConditionMap, Depth, Detector, Lineart, Lines, Luminance, Palette
-from builders.base import Builder, BuilderParams, Outcome, Rejected, Sample, SourceImage, draft
+from builders.base import (
+    Builder,
+    BuilderParams,
+    Outcome,
+    Rejected,
+    Sample,
+    SourceImage,
+    Weights,
+    check_names,
+    draft,
+    draw_names,
+)
 from builders.captions import Style, draw_style, strip_meta_talk, usable_captions
 from builders.codec import encode_png
 from builders.templates import phrase
@@ -37,21 +48,14 @@ class ConditionMapsParams(BuilderParams):
     `depth` needs sources that bring their own depth, so a recipe has to ask for it.
     """
 
-    maps: dict[str, PositiveFloat] = Field(dict.fromkeys((*PHOTO_MAPS, *ENTITY_MAPS), 1.0), min_length=1)
+    maps: Weights = Field(dict.fromkeys((*PHOTO_MAPS, *ENTITY_MAPS), 1.0))
     per_image: int = Field(2, ge=1)
     directions: tuple[Direction, ...] = Field(("control", "perceive"), min_length=1)
 
-    @field_validator("maps", mode="before")
-    @classmethod
-    def _list_weighs_alike(cls, maps: Any) -> Any:
-        return dict.fromkeys(maps, 1.0) if isinstance(maps, (list, tuple)) else maps
-
     @field_validator("maps")
     @classmethod
-    def _maps_exist(cls, maps: dict[str, float]) -> dict[str, float]:
-        if unknown := sorted(set(maps) - set(MAPS)):
-            raise ValueError(f"unknown condition maps {unknown}; there are {', '.join(MAPS)}")
-        return maps
+    def _maps_are_known(cls, maps: Weights) -> Weights:
+        return check_names(maps, MAPS, "condition map")
 
 
 class ConditionMaps(Builder):
@@ -64,12 +68,8 @@ class ConditionMaps(Builder):
 
     def attempts(self, record: ImageRecord, rng: np.random.Generator) -> list[str]:
         """Maps that the record does not rule out, drawn without replacement by weight."""
-        names = [name for name in self.params.maps if self._is_possible(name, record)]
-        if not names:
-            return []
-        weights = np.array([self.params.maps[name] for name in names])
-        count = min(self.params.per_image, len(names))
-        return [str(name) for name in rng.choice(names, size=count, replace=False, p=weights / weights.sum())]
+        possible = {name: w for name, w in self.params.maps.items() if self._is_possible(name, record)}
+        return draw_names(possible, self.params.per_image, rng) if possible else []
 
     def build(self, image: SourceImage, attempt: str, rng: np.random.Generator) -> Outcome:
         detector = _detector(attempt, image)

@@ -7,7 +7,6 @@ same encoder, so that every 8x8 block away from the hole decodes to the same pix
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,7 +14,18 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from builders.alignment import measure_pair, psnr
-from builders.base import Builder, BuilderParams, Outcome, Rejected, Sample, SourceImage, draft
+from builders.base import (
+    Builder,
+    BuilderParams,
+    Outcome,
+    Rejected,
+    Sample,
+    SourceImage,
+    Weights,
+    check_names,
+    draft,
+    draw_names,
+)
 from builders.codec import decode_rgb, encode_jpeg, encode_mask
 from builders.degradations import DEGRADATIONS, Degraded
 from builders.degradations.base import uniform
@@ -51,29 +61,17 @@ class RestorationParams(BuilderParams):
         caption_probability: how often the instruction of a hole tells what the picture shows, if that is known.
     """
 
-    subtasks: dict[str, float] = Field(default_factory=lambda: dict(WEIGHTS), min_length=1)
+    subtasks: Weights = Field(default_factory=lambda: dict(WEIGHTS))
     per_image: int = Field(2, ge=1)
     severity: tuple[float, float] = (0.0, 1.0)
     min_side: int = Field(128, ge=32)
     psnr: tuple[float, float] = (8.0, 40.0)
     caption_probability: float = Field(0.5, ge=0, le=1)
 
-    @field_validator("subtasks", mode="before")
-    @classmethod
-    def _list_means_equal_weights(cls, value: Any) -> Any:
-        return dict.fromkeys(value, 1.0) if isinstance(value, list | tuple) else value
-
     @field_validator("subtasks")
     @classmethod
-    def _subtasks_are_known(cls, value: dict[str, float]) -> dict[str, float]:
-        for name, weight in value.items():
-            if name not in DEGRADATIONS:
-                near = difflib.get_close_matches(name, DEGRADATIONS, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(DEGRADATIONS)}"
-                raise ValueError(f"unknown restoration subtask {name!r}; {hint}")
-            if not 0 < weight < float("inf"):
-                raise ValueError(f"weight {weight} of {name!r} is not positive; leave the subtask out to disable it")
-        return value
+    def _subtasks_are_known(cls, subtasks: Weights) -> Weights:
+        return check_names(subtasks, DEGRADATIONS, "restoration subtask")
 
     @model_validator(mode="after")
     def _ranges_make_sense(self) -> RestorationParams:
@@ -95,9 +93,7 @@ class Restoration(Builder):
     params: RestorationParams
 
     def attempts(self, record: ImageRecord, rng: np.random.Generator) -> list[str]:
-        names, weights = zip(*self.params.subtasks.items(), strict=True)
-        p = np.array(weights) / np.sum(weights)
-        return [str(name) for name in rng.choice(names, size=self.params.per_image, replace=False, p=p)]
+        return draw_names(self.params.subtasks, self.params.per_image, rng)
 
     def build(self, image: SourceImage, attempt: str, rng: np.random.Generator) -> Outcome:
         side = min(image.pixels.shape[:2])
