@@ -169,6 +169,7 @@ def run_stage(
     context: Context,
     tasks: list[Task],
     workers: int,
+    *,
     progress: Progress,
     expected: int | None = None,
 ) -> list[Marker]:

@@ -74,7 +74,7 @@ def _run(stage: Stage, context: Context, workers: int, expected: int | None) -> 
     for warning in stage.warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
     with stage_progress(stage.name, len(tasks)) as progress:
-        markers = engine.run_stage(stage, context, tasks, workers, progress, expected)
+        markers = engine.run_stage(stage, context, tasks, workers, progress=progress, expected=expected)
     return ledger.totals(m.counts for m in markers)["kept"]
 
 

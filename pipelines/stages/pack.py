@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines import ledger
+from pipelines.corpus import Shard
 from pipelines.engine import Stage, Task, describe
 from pipelines.ledger import Marker
 from pipelines.stages.build import BuildStage, part_index_path, part_path
@@ -25,14 +26,6 @@ from schemas.arrow import SAMPLES
 from schemas.identity import digest_of
 from schemas.shards import END_OF_ARCHIVE
 from schemas.vocabulary import STREAMS
-
-
-def shard_path(stream: str, index: int) -> str:
-    return f"data/{stream}/{stream}-{index:06d}.tar"
-
-
-def index_path(stream: str, index: int) -> str:
-    return f"meta/samples/{stream}-{index:06d}.parquet"
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ class PackStage(Stage):
         for number, slices in enumerate(self._shards(stream, list(parts))):
             work = [self.version, [(asdict(s), parts[s.unit]) for s in slices]]
             payload = {"stream": stream, "number": number, "slices": [asdict(s) for s in slices]}
-            yield Task(f"{stream}-{number:06d}", digest_of(work), payload)
+            yield Task(Shard(stream, number).stem, digest_of(work), payload)
 
     def _shards(self, stream: str, units: list[str]) -> Iterator[list[Slice]]:
         current, shard, base = list[Slice](), 0, 0
@@ -86,7 +79,8 @@ class PackStage(Stage):
     def run(self, task: Task) -> Marker:
         stream, number = task.payload["stream"], task.payload["number"]
         slices = [Slice(**s) for s in task.payload["slices"]]
-        shard, index = shard_path(stream, number), index_path(stream, number)
+        names = Shard(stream, number)
+        shard, index = names.tar, names.sample_index
         table = self._index(stream, shard, slices)
         digests = self._copy(stream, shard, slices)
         self.corpus.write_table(index, table)
