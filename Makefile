@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= build/demo
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE ?= 1
@@ -13,9 +14,9 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt recipes/demo/packages.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,test]'
-	$(BIN)/python -m pip install --quiet --no-deps -r recipes/demo/packages.txt
+	$(BIN)/python -m pip install --quiet uv
+	$(UV) -c constraints.txt -e '.[demo,test]'
+	$(UV) --no-deps -r recipes/demo/packages.txt
 	touch $@
 
 demo: $(INSTALLED)

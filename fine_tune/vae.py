@@ -48,11 +48,11 @@ class Posterior:
 class FrozenVAE:
     """An `AutoencoderKL` of diffusers that is never trained. Latents go in and come out scaled."""
 
-    def __init__(self, module: Any, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, module: Any) -> None:
         """Raises ValueError for float16 if the weights are known to overflow there (`force_upcast`, as SDXL's do)."""
-        if dtype == torch.float16 and module.config.force_upcast:
+        if module.dtype == torch.float16 and module.config.force_upcast:
             raise ValueError("this VAE overflows in float16 (its config says force_upcast): use float32 or bfloat16")
-        self.module = module.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.module = module.eval().requires_grad_(False)
         self.scaling_factor = float(module.config.scaling_factor)
         self.shift_factor = float(module.config.shift_factor or 0.0)
         self.factor = 2 ** (len(module.config.block_out_channels) - 1)
@@ -69,7 +69,7 @@ class FrozenVAE:
         """Load from a folder or hub id in the diffusers layout (OmniGen checkpoints keep it in subfolder "vae")."""
         from diffusers import AutoencoderKL
 
-        return cls(AutoencoderKL.from_pretrained(path, subfolder=subfolder), device=device, dtype=dtype)
+        return cls(AutoencoderKL.from_pretrained(path, subfolder=subfolder, torch_dtype=dtype).to(device))
 
     @overload
     def encode(self, images: Tensor) -> Posterior: ...
