@@ -67,7 +67,7 @@ ingest: {{unit_rows: 3, max_pixels: 36864}}
 decide: {{min_side: 32, splits: {{val: 0.2, test: 0.2}}}}
 build:
   captions: {{}}
-  condition_maps: {{maps: [canny, lines, luminance, palette, boxes, segmentation], per_image: 3}}
+  condition_maps: {{maps: [lines, luminance, palette, boxes, segmentation], per_image: 3}}
   restoration: {{per_image: 3}}
 pack: {{shard_bytes: 128KiB}}
 """

@@ -50,7 +50,7 @@ def test_build_status_stats_lint_preview(recipe_file, tmp_path):
     [
         ("per_image: 3}\npack", "per_imge: 3}\npack", "did you mean 'per_image'"),
         ("type: folder", "type: floder", "'floder' is not one of"),
-        ("maps: [canny", "maps: [cany", "canny"),
+        ("maps: [lines", "maps: [line", "lines"),
     ],
 )
 def test_a_bad_recipe_line_is_named_before_anything_starts(recipe_file, tmp_path, old, new, message):
