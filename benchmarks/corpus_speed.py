@@ -3,11 +3,11 @@
     python benchmarks/corpus_speed.py [--images 600] [--repeats 5] [--workers 2]
 
 * **x2i**: `pipelines.run.build` into an empty corpus: all stages, ledgers, indexes and publishing.
-* **limit**: the pure kernels of the same work (hash, one decode, Canny, degradation, encodings, alignment, tar bytes) in
-  one process per core, on the same files, without Ray, records or bookkeeping.
-* **obvious**: `ray.data.read_images -> map -> write_webdataset` with the same kernels.
+* **limit**: the pure kernels of the same work (hash, one decode, Canny, degradation, encodings, alignment, tar bytes)
+  in one process per core, on the same files, without Ray, records or bookkeeping.
+* **obvious**: `ray.data.read_images -> map -> write_webdataset` with the same kernels, without the alignment.
 
-Ray's start and the start of a worker pool are measured alone (a build of one image) and reported apart. All three run in
+The start of Ray and of a worker pool (a build of one image) are measured alone and reported apart. All three run in
 turn, `--repeats` times; medians and ratios are printed as a Markdown table row.
 """
 

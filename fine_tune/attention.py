@@ -10,21 +10,29 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, get_args
+from functools import cache, partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
-Backend = Literal["auto", "sdpa", "flex", "flex_flash"]
+if TYPE_CHECKING:  # importing it takes seconds, and only the flex backends need it
+    from torch.nn.attention.flex_attention import BlockMask
+
+Backend = Literal["auto", "sdpa", "sequential", "flex", "flex_flash"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 BLOCK = 128  # rows and keys per mask block: FlexAttention's default, and what its kernels are tuned for
 
-# Compiled once per process: blocks of all layers and steps share it, and a new BlockMask does not recompile it.
-_compiled_flex_attention = torch.compile(flex_attention, fullgraph=True)
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    """Compiled once per process: blocks of all layers and steps share it, and a new BlockMask does not recompile it."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, fullgraph=True)
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,8 @@ class IntervalMask:
         touched = self._rows_covering(self.lo // kv_block, (self.hi - 1) // kv_block + 1, q_block, kv_block) > 0
         inside = self._rows_covering((self.lo - 1) // kv_block + 1, self.hi // kv_block, q_block, kv_block)
         full = inside == q_block
+        from torch.nn.attention.flex_attention import BlockMask
+
         return BlockMask.from_kv_blocks(
             *_block_lists(touched & ~full),
             *_block_lists(full),
@@ -110,9 +120,10 @@ def prepare(mask: IntervalMask, backend: Backend = "auto") -> Attend:
 
     Args:
         mask: the intervals, on the device that computes.
-        backend: ``sdpa`` (dense bool mask; any device; the reference), ``flex`` (FlexAttention; on CPU without
-            gradients), ``flex_flash`` (FlexAttention on the FlashAttention-4 kernels; fp16/bf16, Hopper or newer),
-            ``auto`` (``flex`` on CUDA, else ``sdpa``).
+        backend: ``sdpa`` (dense bool mask over the whole pack; any device; the reference), ``sequential`` (the same,
+            one sequence of the pack after the other; reads the mask on the host), ``flex`` (FlexAttention; on CPU
+            without gradients), ``flex_flash`` (FlexAttention on the FlashAttention-4 kernels; fp16/bf16, Hopper or
+            newer), ``auto`` (``flex`` on CUDA, else ``sequential``).
 
     Returns:
         ``attend(q, k, v)`` with the shapes of `attention`.
@@ -125,9 +136,11 @@ def prepare(mask: IntervalMask, backend: Backend = "auto") -> Attend:
         raise ValueError(f"attention backend {backend!r} is unknown; choose one of {', '.join(get_args(Backend))}")
     device = mask.lo.device
     if backend == "auto":
-        backend = "flex" if device.type == "cuda" else "sdpa"
+        backend = "flex" if device.type == "cuda" else "sequential"
     if backend == "sdpa":
         return partial(_sdpa, attn_mask=mask.dense())
+    if backend == "sequential":
+        return partial(_sequential, segments=_segments(mask))
     if backend == "flex":
         return partial(_flex, block_mask=mask.block_mask(), kernel_options={})
     # The Blackwell forward kernel works on query tiles of 256 rows, the Hopper one on 128.
@@ -141,12 +154,38 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
     return out[0].transpose(0, 1)
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, kernel_options: FlexKernelOptions) -> Tensor:
+@dataclass(frozen=True)
+class _Segment:
+    """Neighbouring rows whose intervals begin at one key, the keys they see, and which of these each row sees."""
+
+    rows: slice
+    keys: slice
+    visible: Tensor
+
+
+def _segments(mask: IntervalMask) -> list[_Segment]:
+    starts = (mask.lo.diff().nonzero()[:, 0] + 1).tolist()
+    segments = []
+    for first, stop in pairwise([0, *starts, len(mask.lo)]):
+        low, high = int(mask.lo[first]), mask.hi[first:stop]
+        keys = slice(low, int(high.max()))
+        visible = torch.arange(keys.start, keys.stop, device=high.device) < high[:, None]
+        segments.append(_Segment(slice(first, stop), keys, visible))
+    return segments
+
+
+def _sequential(q: Tensor, k: Tensor, v: Tensor, segments: list[_Segment]) -> Tensor:
+    return torch.cat([_sdpa(q[s.rows], k[s.keys], v[s.keys], s.visible) for s in segments])
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, kernel_options: Any) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
     on_cpu = q.device.type == "cpu"
     if on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise RuntimeError("FlexAttention has no backward on CPU; use attention backend 'sdpa' to train there")
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    run = flex_attention if on_cpu else _compiled_flex_attention
+    run: Any = flex_attention if on_cpu else _compiled_flex_attention()
     out = run(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=kernel_options)
     return out[0].transpose(0, 1)
 

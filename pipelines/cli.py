@@ -6,17 +6,18 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
+from enum import Enum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
+from fine_tune.cli import register
 from pipelines.progress import console
-from pipelines.sources.base import SourceError
 from pipelines.storage import Folder
-from schemas.recipe import RecipeError
 
 app = typer.Typer(
     help="Build OmniGen-style any-to-image training corpora from ordinary images.",
@@ -32,19 +33,34 @@ CorpusArgument = Annotated[
 CorpusOption = Annotated[str, typer.Option("--corpus", "-c", help="where to build: a path or an fsspec URL")]
 
 
+class ExportFormat(str, Enum):
+    """`x2i` is for a corpus, the others for a training run."""
+
+    X2I = "x2i"
+    DIFFUSERS = "diffusers"
+    OFFICIAL = "official"
+    PEFT = "peft"
+
+
+_PACKAGES = ("schemas", "filters", "builders", "pipelines", "fine_tune")
+
+
 class UsageError(RuntimeError):
     """Something the user can put right; shown without a traceback."""
 
 
 def _friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Show expected errors as one message and exit 2; anything else is a bug and keeps its traceback."""
+    """Show errors that x2i itself defines as one message and exit 2; anything else is a bug and keeps its traceback."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except (RecipeError, SourceError, UsageError, FileNotFoundError) as error:
-            console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        except Exception as error:
+            package = type(error).__module__.partition(".")[0]
+            if not isinstance(error, FileNotFoundError) and package not in _PACKAGES:
+                raise
+            console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
             raise typer.Exit(2) from error
 
     return run
@@ -177,16 +193,30 @@ def preview(
 @app.command()
 @_friendly
 def export(
-    corpus: CorpusArgument,
-    out: Annotated[Path, typer.Option(help="folder for JSONL and images")],
-    stream: Annotated[list[str] | None, typer.Option(help="only these streams")] = None,
-    split: Annotated[str | None, typer.Option(help="only this split: train, val or test")] = None,
+    *,
+    source: Annotated[str, typer.Argument(help="corpus folder or URL, or the folder of a training run")],
+    out: Annotated[Path, typer.Option(help="folder to write to")],
+    kind: Annotated[
+        ExportFormat, typer.Option("--format", help="x2i: a corpus as official JSONL; the others: a run as a model")
+    ] = ExportFormat.X2I,
+    stream: Annotated[list[str] | None, typer.Option(help="x2i: only these streams")] = None,
+    split: Annotated[str | None, typer.Option(help="x2i: only this split: train, val or test")] = None,
+    merge: Annotated[bool, typer.Option(help="run: add the adapter to the weights")] = False,
+    average: Annotated[bool, typer.Option(help="run: take the moving average of the weights")] = False,
 ) -> None:
-    """Export to the official OmniGen training format: JSONL and image files."""
-    from pipelines.export import export_x2i
+    """Export a corpus to the official OmniGen JSONL, or a training run to a model that others open."""
+    if kind is ExportFormat.X2I:
+        from pipelines.export import export_x2i
 
-    export_x2i(_published(corpus), out, stream, split)
-    typer.echo(out)
+        export_x2i(_published(source), out, stream, split)
+        typer.echo(out)
+    else:
+        from fine_tune.export import export_run
+
+        typer.echo(export_run(Path(source), out, kind.value, merge, average))
+
+
+register(app, _friendly)
 
 
 def _context(recipe: Path, corpus: str) -> Any:

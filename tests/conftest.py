@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import skimage.data
 import sklearn.datasets
+from hypothesis import settings
 from PIL import Image
+
+# Machines differ in speed, so no example has a deadline; and a test run is the same wherever it runs.
+settings.register_profile("x2i", deadline=None, derandomize=True)
+settings.load_profile("x2i")
 
 CAPTIONS = {
     "astronaut": "A smiling astronaut in an orange space suit in front of a flag and a model of a space shuttle.",

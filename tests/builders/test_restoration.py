@@ -64,7 +64,7 @@ def reject(name: str, image: SourceImage, **params: object) -> Rejected:
     ("params", "message"),
     [
         ({"subtasks": {"deblurr": 1}}, "did you mean 'deblur'"),
-        ({"subtasks": {"deblur": 0}}, "leave the subtask out"),
+        ({"subtasks": {"deblur": 0}}, "greater than 0"),
         ({"subtasks": {}}, "at least 1"),
         ({"subtasks": ["deblur"], "per_image": 2}, "exceeds the 1 subtask"),
         ({"severity": (0.9, 0.1)}, "not a range inside"),

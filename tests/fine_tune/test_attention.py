@@ -138,7 +138,7 @@ def test_backends_equal_softmax_over_the_interval(kv_heads: int) -> None:
         scores = torch.einsum("qhd,khd->hqk", q, shared_k) / 24**0.5
         weights = scores.masked_fill(~mask.dense(), -torch.inf).softmax(-1)
         expected = torch.einsum("hqk,khd->qhd", weights, shared_v)
-        for backend in ("sdpa", "flex", "auto"):
+        for backend in ("sdpa", "sequential", "flex", "auto"):
             torch.testing.assert_close(attention(q, k, v, mask, backend), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -149,7 +149,7 @@ def test_unusable_backends_say_why() -> None:
         attention(q.requires_grad_(), k, v, mask, "flex")
     with pytest.raises(RuntimeError, match="'flex_flash' needs a Hopper or newer CUDA device, not cpu"):
         prepare(mask, "flex_flash")
-    with pytest.raises(ValueError, match="'flash' is unknown; choose one of auto, sdpa, flex, flex_flash"):
+    with pytest.raises(ValueError, match="'flash' is unknown; choose one of auto, sdpa, sequential, flex, flex_flash"):
         prepare(mask, "flash")  # type: ignore[arg-type]
 
 

@@ -328,7 +328,7 @@ def test_forward_never_reads_a_tensor_on_the_host() -> None:
         fake_layout = layout._map(mode.from_tensor)
         latents = [mode.from_tensor(latents) for s in samples for latents in s.inputs]
         noisy = [mode.from_tensor(s.noisy) for s in samples]
-        fake_model = OmniGen(CONFIG)
+        fake_model = OmniGen(CONFIG, attention_backend="sdpa")
         velocities = fake_model(fake_layout, latents, noisy, torch.rand(len(samples)))
         sum(v.sum() for v in velocities).backward()
         cache = fake_model.encode_condition(fake_layout, latents)
@@ -339,7 +339,7 @@ def test_forward_never_reads_a_tensor_on_the_host() -> None:
 
 def test_blocks_compile_once_for_all_layers_and_masks(model: OmniGen) -> None:
     counter = CompileCounter()
-    compiled = OmniGen(CONFIG)
+    compiled = OmniGen(CONFIG, attention_backend="sdpa")
     compiled.load_state_dict(model.state_dict())
     for block in compiled.layers:
         block.compile(backend=counter, fullgraph=True)

@@ -1,0 +1,174 @@
+"""What a training step works on, built from the settings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fine_tune.adapters import add_adapter
+from fine_tune.layouts import load_transformer
+from fine_tune.metrics import LossTable
+from fine_tune.model import OmniGen, OmniGenConfig
+from fine_tune.optim import WeightAverage, build_optimizer
+from fine_tune.presets import Config, ConfigError, ModelConfig
+from fine_tune.tokens import Tokenizer
+from fine_tune.vae import FrozenVAE
+from schemas.vocabulary import TASKS
+
+log = logging.getLogger(__name__)
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together. `wrap` makes the module that synchronises gradients (DDP)."""
+
+    rank: int = 0
+    size: int = 1
+    wrap: Wrap | None = None
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Over all ranks."""
+        if self.size > 1:
+            torch.distributed.all_reduce(value)
+        return value
+
+
+@dataclass
+class StepRecord:
+    """What is looked at when the device has had the time: the losses of a step and the samples they belong to."""
+
+    step: int
+    samples: list[str]
+    losses: Tensor
+    grad_norm: Tensor
+
+
+@dataclass
+class TrainState:
+    """Everything that changes in training, and what it needs.
+
+    Attributes:
+        model: the bare module; `network` is what is called, the same or wrapped for several ranks.
+        trained: its trained parameters by name.
+        average: moving average of them, or None.
+        step: optimizer updates so far.
+        records: of the steps since the last check.
+    """
+
+    config: Config
+    device: torch.device
+    world: World
+    model: OmniGen
+    network: nn.Module
+    vae: FrozenVAE
+    tokenizer: Tokenizer
+    trained: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
+    losses: LossTable
+    step: int = 0
+    records: list[StepRecord] = field(default_factory=list)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 compute on CUDA or on bfloat16 weights, float32 otherwise."""
+        if self.device.type == "cuda" or self.config.model.dtype == "bfloat16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Number of trained weights beside frozen ones; 0 when everything is trained."""
+        return 0 if self.config.model.adapter == "none" else sum(p.numel() for p in self.trained.values())
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; CUDA where there is one for ""."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def build_state(config: Config, world: World | None = None) -> TrainState:
+    """Load or draw the model, load VAE and tokenizer, make the optimizer.
+
+    Raises:
+        ConfigError: no source for a part, or a vocabulary that does not fit.
+        FileNotFoundError, CheckpointError: see `fine_tune.layouts.load_transformer`.
+    """
+    world = world or World()
+    device = pick_device(config.run.device)
+    tokenizer, vae = load_tokenizer(config.model), load_vae(config.model, device)
+    model = load_model(config.model, config.data.seed, device)
+    if len(tokenizer) > model.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size} embeddings: "
+            "give model.tokenizer the one that belongs to model.source"
+        )
+    if config.model.adapter != "none":
+        add_adapter(model, config.model, config.data.seed)
+    if config.model.compile:
+        for block in model.layers:
+            block.compile()
+    model.gradient_checkpointing = config.model.gradient_checkpointing
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    counts = [sum(p.numel() for p in parameters) for parameters in (trained.values(), model.parameters())]
+    log.info("training %s of %s parameters", *(f"{count:,}" for count in counts))
+    return TrainState(
+        config=config,
+        device=device,
+        world=world,
+        model=model.train(),
+        network=world.wrap(model) if world.wrap else model,
+        vae=vae,
+        tokenizer=tokenizer,
+        trained=trained,
+        optimizer=build_optimizer(trained.values(), config.optim, config.data.seed),
+        average=WeightAverage(trained, config.optim.ema_decay) if config.optim.ema_decay else None,
+        losses=LossTable(TASKS, device),
+    )
+
+
+def load_model(config: ModelConfig, seed: int, device: torch.device) -> OmniGen:
+    """From the source, or with random weights drawn by `seed`."""
+    dtype = getattr(torch, config.dtype)
+    if config.source:
+        return load_transformer(config.source, dtype, device, config.attention_backend)
+    if not config.architecture:
+        raise ConfigError("nothing to train: give model.source, or model.architecture for random weights")
+    model = OmniGen(OmniGenConfig(**config.architecture), config.attention_backend)
+    initialise(model, torch.Generator().manual_seed(seed))
+    return model.to(device, dtype)
+
+
+@torch.no_grad()
+def initialise(model: OmniGen, generator: torch.Generator) -> None:
+    """Random weights: Phi-3's N(0, 0.02²), and zero at the output as in DiT (arXiv:2212.09748, section 3.2)."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or name.startswith(("proj_out.", "norm_out.")):
+            parameter.zero_()
+        elif "_image_proj." in name:
+            nn.init.xavier_uniform_(parameter.view(len(parameter), -1), generator=generator)
+        elif parameter.ndim > 1:
+            parameter.normal_(std=0.02, generator=generator)
+
+
+def load_tokenizer(config: ModelConfig) -> Tokenizer:
+    if config.tokenizer:
+        return Tokenizer.from_pretrained(config.tokenizer)
+    if not config.source:
+        raise ConfigError("model.tokenizer is needed where there is no model.source")
+    return Tokenizer.from_pretrained(config.source, subfolder="tokenizer")
+
+
+def load_vae(config: ModelConfig, device: torch.device) -> FrozenVAE:
+    if config.vae:
+        return FrozenVAE.from_pretrained(config.vae, device=device)
+    if not config.source:
+        raise ConfigError("model.vae is needed where there is no model.source")
+    return FrozenVAE.from_pretrained(config.source, subfolder="vae", device=device)
