@@ -21,6 +21,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 import cv2
@@ -116,15 +118,15 @@ def _limit_part(files: list[Path], out: Path) -> None:
         tar.write(END_OF_ARCHIVE)
 
 
-def run_limit(photos: Path, out: Path, workers: int) -> None:
+def _warm_up() -> None:
+    kernels(np.zeros((64, 64, 3), np.uint8), np.random.default_rng(0))
+
+
+def run_limit(pool: Pool, photos: Path, out: Path, workers: int) -> None:
     files = sorted(photos.iterdir())
     out.mkdir(parents=True)
     jobs = [(files[i::workers], out / f"{i}.tar") for i in range(workers)]
-    kernels(np.zeros((64, 64, 3), np.uint8), np.random.default_rng(0))  # imports, so that the children need not
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        pool.starmap(_limit_part, jobs)
-        pool.close()
-        pool.join()
+    pool.starmap(_limit_part, jobs)
 
 
 def _obvious_row(row: dict) -> dict:
@@ -155,14 +157,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    # Spawned and warm before Ray starts: forking a driver with its threads can hang.
+    pool = multiprocessing.get_context("spawn").Pool(options.workers, initializer=_warm_up)
+    with pool, tempfile.TemporaryDirectory() as folder:
         photos, one = Path(folder) / "photos", Path(folder) / "one"
         make_images(photos, options.images)
         make_images(one, 1)
         start = time.perf_counter()
         engine.connect(None, options.workers)
         ray_start = time.perf_counter() - start
-        ways = {"x2i": run_x2i, "limit": run_limit, "obvious": run_obvious}
+        ways = {"x2i": run_x2i, "limit": partial(run_limit, pool), "obvious": run_obvious}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         starts = [timed(run_x2i, one, options.workers) for _ in range(options.repeats)]
         for _ in range(options.repeats):
