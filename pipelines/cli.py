@@ -115,6 +115,8 @@ def publish(recipe: RecipeArgument, corpus: CorpusOption) -> None:
     from pipelines.run import publish_parts
 
     context = _context(recipe, corpus)
+    if not _markers(context.corpus, "build"):
+        raise UsageError(f"{corpus}: nothing is built yet; run `x2i build {recipe} --corpus {corpus}`")
     publish_parts(context)
     _print_summary(context.corpus)
 
@@ -208,7 +210,10 @@ def export(
     if kind is ExportFormat.X2I:
         from pipelines.export import export_x2i
 
-        export_x2i(_published(source), out, stream, split)
+        try:
+            export_x2i(_published(source), out, stream, split)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
         typer.echo(out)
     else:
         from fine_tune.export import export_run

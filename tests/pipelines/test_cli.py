@@ -70,3 +70,11 @@ def test_missing_things_are_named(recipe_file, tmp_path):
     assert code == 2 and "/nowhere/" in out
     code, out = x2i("build", recipe_file, "-c", tmp_path / "corpus", "--until", "tomorrow")
     assert code == 2 and "tomorrow" in out
+    code, out = x2i("publish", recipe_file, "-c", tmp_path / "empty")
+    assert code == 2 and "nothing is built yet" in out
+
+
+def test_exports_of_nothing_are_named(corpus_path, tmp_path):
+    for options in (["--split", "tset"], ["--stream", "edit"]):
+        code, out = x2i("export", corpus_path, "--out", tmp_path / "out", *options)
+        assert code == 2 and options[1] in out
