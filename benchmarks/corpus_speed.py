@@ -31,13 +31,13 @@ from PIL import Image
 
 from builders.alignment import measure_pair
 from builders.annotators.maps import Canny
-from builders.codec import decode_rgb, encode_jpeg, encode_mask, encode_png
 from builders.degradations import DEGRADATIONS
 from pipelines import engine
 from pipelines.engine import Context
 from pipelines.recipes import RECIPE
 from pipelines.run import build
 from pipelines.storage import Folder
+from schemas.codec import decode_rgb, encode_jpeg, encode_mask, encode_png
 from schemas.identity import generator, uid_of
 from schemas.shards import END_OF_ARCHIVE, encode_member
 

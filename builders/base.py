@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat
 
-from builders.codec import decode_raw, decode_rgb
+from schemas.codec import decode_raw, decode_rgb
 from schemas.identity import sample_key
 from schemas.records import ImageRecord, Op, SampleRecord
 from schemas.vocabulary import STREAMS

@@ -28,8 +28,8 @@ from builders.base import (
     draw_names,
 )
 from builders.captions import Style, draw_style, strip_meta_talk, usable_captions
-from builders.codec import encode_png
 from builders.templates import phrase
+from schemas.codec import encode_png
 from schemas.records import ImageRecord, Op
 
 Direction = Literal["control", "perceive"]

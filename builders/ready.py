@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from builders.base import Outcome, Sample, draft, image_size
-from builders.codec import encode_mask
+from schemas.codec import encode_mask
 from schemas.records import ImageRecord, Op
 from schemas.vocabulary import STREAMS, stream_for
 

@@ -26,11 +26,11 @@ from builders.base import (
     draft,
     draw_names,
 )
-from builders.codec import decode_rgb, encode_jpeg, encode_mask
 from builders.degradations import DEGRADATIONS, Degraded
 from builders.degradations.base import uniform
 from builders.degradations.holes import INPAINT_AREA, OUTPAINT_WINDOW
 from builders.templates import Phrasing, load_templates, phrase
+from schemas.codec import decode_rgb, encode_jpeg, encode_mask
 from schemas.instructions import lint_instruction
 from schemas.masks import decode_mask
 from schemas.records import Captions, ImageRecord, Op

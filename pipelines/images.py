@@ -28,7 +28,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from builders.codec import decode_raw, encode_jpeg, encode_png
+from schemas.codec import decode_raw, encode_jpeg, encode_png
 from schemas.records import Entity
 
 # Pillow warns about damaged metadata, which a crawl is full of. Catching that per call would not be thread safe.
@@ -89,7 +89,7 @@ class Normalised:
     """An upright 8-bit sRGB RGB image.
 
     Attributes:
-        data: the source bytes themselves if nothing had to change, else what `builders.codec.encode_jpeg` makes
+        data: the source bytes themselves if nothing had to change, else what `schemas.codec.encode_jpeg` makes
             (`encode_png` where `lossless` was asked for).
         width, height: of `data`, in pixels.
         source_width, source_height: of the source once upright; what boxes and masks refer to.

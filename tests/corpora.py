@@ -15,11 +15,11 @@ from skimage import data as photographs
 from sklearn.datasets import load_sample_images
 
 from builders.base import Sample, draft
-from builders.codec import decode_raw, encode_jpeg, encode_mask, encode_png
 from pipelines.corpus import Shard
 from pipelines.publish import publish
 from pipelines.storage import Folder
 from schemas.arrow import SAMPLES
+from schemas.codec import decode_raw, encode_jpeg, encode_mask, encode_png
 from schemas.identity import uid_of
 from schemas.instructions import placeholder
 from schemas.records import Alignment, Captions, ImageRecord, Op, Split

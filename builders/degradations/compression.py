@@ -5,8 +5,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from builders.codec import decode_rgb
 from builders.degradations.base import Degraded, finish, length_scale, log_lerp, pick
+from schemas.codec import decode_rgb
 
 QUALITY = (40.0, 5.0)
 BLOCK = (4.0, 24.0)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from builders.base import Rejected, SourceImage
 from builders.captions import Captions, CaptionsParams, caption_problem, loop_length, normalise_caption, strip_meta_talk
-from builders.codec import encode_jpeg
 from builders.templates import load_templates
+from schemas.codec import encode_jpeg
 from schemas.identity import generator, uid_of
 from schemas.instructions import lint_instruction
 from schemas.records import Captions as SourceCaptions

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from builders.annotators.maps import Palette
 from builders.base import Rejected, SourceImage
-from builders.codec import decode_raw, decode_rgb, encode_jpeg, encode_png
 from builders.colours import COLOURS
 from builders.condition_maps import ENTITY_MAPS, MAPS, TARGET_ONLY, ConditionMaps, ConditionMapsParams
 from builders.templates import load_templates
+from schemas.codec import decode_raw, decode_rgb, encode_jpeg, encode_png
 from schemas.identity import generator, uid_of
 from schemas.instructions import lint_instruction, placeholder
 from schemas.masks import encode_rle

@@ -16,10 +16,10 @@ from pydantic import ValidationError
 from sklearn.datasets import load_sample_images
 
 from builders.base import Rejected, Sample, SourceImage
-from builders.codec import decode_raw, decode_rgb, encode_jpeg, encode_png
 from builders.degradations import DEGRADATIONS
 from builders.restoration import Restoration, RestorationParams
 from builders.templates import load_templates
+from schemas.codec import decode_raw, decode_rgb, encode_jpeg, encode_png
 from schemas.identity import generator, uid_of
 from schemas.instructions import lint_instruction
 from schemas.masks import encode_rle

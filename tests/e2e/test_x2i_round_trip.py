@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from builders.codec import decode_rgb
 from pipelines.corpus import iter_index, read_members
 from pipelines.engine import Context
 from pipelines.export import export_x2i
@@ -12,6 +11,7 @@ from pipelines.lint import lint
 from pipelines.recipes import RECIPE
 from pipelines.run import build
 from pipelines.storage import Folder
+from schemas.codec import decode_rgb
 from schemas.vocabulary import STREAMS
 
 

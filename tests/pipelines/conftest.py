@@ -9,8 +9,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from builders.codec import encode_mask, encode_png
 from pipelines.storage import Folder
+from schemas.codec import encode_mask, encode_png
 from tests.bad_images import jpeg
 
 

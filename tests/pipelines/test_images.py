@@ -14,7 +14,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile
 
-from builders.codec import decode_raw, decode_rgb, encode_jpeg, encode_png
 from pipelines.images import (
     MAX_SIDE,
     BadImage,
@@ -27,6 +26,7 @@ from pipelines.images import (
     transform_entity,
     transform_geometry,
 )
+from schemas.codec import decode_raw, decode_rgb, encode_jpeg, encode_png
 from schemas.masks import decode_mask, encode_rle
 from schemas.records import Entity
 from tests.bad_images import PHOTOS, Case, cases, encode, icc_profile, jpeg, photo, rotated

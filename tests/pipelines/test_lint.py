@@ -16,12 +16,12 @@ import pyarrow as pa
 import pytest
 
 from builders.base import Sample
-from builders.codec import decode_rgb, encode_jpeg, encode_png
 from pipelines.corpus import Shard, find_shards, read_index
 from pipelines.lint import Finding, lint
 from pipelines.publish import publish
 from pipelines.storage import Folder
 from schemas.arrow import SAMPLES
+from schemas.codec import decode_rgb, encode_jpeg, encode_png
 from schemas.shards import END_OF_ARCHIVE, encode_member
 from schemas.vocabulary import STREAMS
 from tests.corpora import NAME, RECIPE, VERSIONS, make_corpus, make_samples, write_shard

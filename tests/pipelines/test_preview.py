@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from builders.codec import decode_rgb
 from pipelines.corpus import Shard, read_index, read_members
 from pipelines.preview import contact_sheets, preview, sample_strip
 from pipelines.storage import Folder
+from schemas.codec import decode_rgb
 from tests.corpora import STREAM_NAMES, make_corpus
 
 CELL, STEP, TOP = 256, 268, 20

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from builders.codec import encode_jpeg, encode_png
 from pipelines.corpus import find_shards, iter_index, read_members
 from pipelines.engine import connect
 from pipelines.publish import digest_of_file
 from pipelines.storage import Folder
+from schemas.codec import encode_jpeg, encode_png
 from schemas.identity import sample_key
 from schemas.records import SampleRecord
 from schemas.shards import END_OF_ARCHIVE, ShardError, encode_sample, header

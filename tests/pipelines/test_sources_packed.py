@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from builders.codec import encode_png
 from pipelines.images import normalise
 from pipelines.sources import BadRow, SourceError, open_reader
 from pipelines.storage import Folder
+from schemas.codec import encode_png
 from tests.bad_images import encode, jpeg, photo
 from tests.reading import bad, config, good, listing, read
 
