@@ -246,37 +246,6 @@ def test_pickled_code_is_not_run(model: OmniGen, tmp_path: Path) -> None:
         layouts.load_transformer(tmp_path)
 
 
-def test_lora_between_split_and_fused(model: OmniGen) -> None:
-    """The weight change B A of every projection is the same in both layouts."""
-    generator = torch.Generator().manual_seed(0)
-    prefix = "base_model.model.layers.0.self_attn"
-    split = {}
-    for part in ("to_q", "to_k", "to_v", "to_out.0"):
-        split[f"{prefix}.{part}.lora_A.weight"] = torch.randn(2, 96, generator=generator)
-        split[f"{prefix}.{part}.lora_B.weight"] = torch.randn(96, 2, generator=generator)
-
-    def delta(state: dict[str, Tensor], name: str) -> Tensor:
-        return state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
-
-    official = layouts.lora_to_official(split)
-    fused = "base_model.model.llm.layers.0.self_attn.qkv_proj"
-    assert official[f"{fused}.lora_A.weight"].shape == (6, 96)
-    assert official[f"{fused}.lora_B.weight"].shape == (288, 6)
-    stacked = torch.cat([delta(split, f"{prefix}.to_{part}") for part in "qkv"])
-    torch.testing.assert_close(delta(official, fused), stacked)
-    out = "base_model.model.llm.layers.0.self_attn.o_proj"
-    assert torch.equal(delta(official, out), delta(split, f"{prefix}.to_out.0"))
-
-    back = layouts.lora_from_official(official)
-    assert back.keys() == split.keys()
-    for part in "qkv":
-        torch.testing.assert_close(delta(back, f"{prefix}.to_{part}"), delta(split, f"{prefix}.to_{part}"))
-
-    del split[f"{prefix}.to_k.lora_A.weight"]
-    with pytest.raises(CheckpointError, match=r"needs q, k and v; missing: .*to_k\.lora_A"):
-        layouts.lora_to_official(split)
-
-
 def test_hub_ids_are_taken_from_the_cache(model: OmniGen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Hub id resolves through huggingface_hub; here offline, from a cache as it lays one out."""
     repository = tmp_path / "models--someone--omnigen"
