@@ -38,8 +38,9 @@ def train(
     from fine_tune.train import train as run_training
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    checkpoint = run_training(_config(preset, overrides, corpus, run), force)
-    typer.echo(f"saved {checkpoint}")
+    config = _config(preset, overrides, corpus, run)
+    typer.echo(f"saved {run_training(config, force)}")
+    typer.echo(f"loss curve {config.run.folder}/loss.png, sample grids {config.run.folder}/samples")
 
 
 def check(
