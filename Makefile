@@ -23,6 +23,7 @@ demo: $(INSTALLED)
 	$(BIN)/python recipes/demo/collect_photos.py $(OUT)/photos
 	$(BIN)/x2i build recipes/demo/recipe.yaml --corpus $(OUT)/corpus
 	$(BIN)/x2i preview $(OUT)/corpus --out $(OUT)/preview
+	rm -rf $(OUT)/run
 	$(BIN)/x2i train --preset tiny --corpus $(OUT)/corpus --run $(OUT)/run
 
 test: $(INSTALLED) lint
