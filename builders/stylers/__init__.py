@@ -1,0 +1,1 @@
+"""Styles: functions from a photo to an artwork."""
