@@ -1,8 +1,12 @@
-"""Contact sheets: random samples of every subtask as a person reads them, inputs | output | edit mask | instruction."""
+"""Contact sheets: random samples of every subtask as a person reads them.
+
+Inputs | output | edit mask | loss weight | instruction. The weight is the one that the mask implies for training.
+"""
 
 from __future__ import annotations
 
 import io
+import math
 import re
 import textwrap
 from collections.abc import Mapping
@@ -10,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageDraw, ImageFont
@@ -22,8 +27,12 @@ _CELL = 256
 _GAP = 12
 _TEXT, _COLUMNS_OF_TEXT = 440, 56
 _LINE, _MAX_LINES = 20, 24
-_INK, _PALE, _PAPER, _MASK = (20, 20, 20), (120, 120, 120), (255, 255, 255), (255, 0, 90)
-_COLUMNS = ("key", "shard", "offset", "size", "members", "subtask", "instruction", "input_roles", "split")
+_INK, _PALE, _PAPER, _MASK, _HEAT = (20, 20, 20), (120, 120, 120), (255, 255, 255), (255, 0, 90), (255, 200, 0)
+_COLUMNS = (
+    *("key", "shard", "offset", "size", "members"),
+    *("subtask", "instruction", "input_roles", "edit_source_index", "split"),
+)
+_LATENT = 8  # pixels per latent cell, of SDXL's VAE
 
 
 def preview(corpus: Folder, out: Path, per_subtask: int = 8, seed: int = 0) -> list[Path]:
@@ -51,7 +60,7 @@ def sample_strip(row: Mapping[str, Any], members: Mapping[str, bytes]) -> Image.
     """One sample as a strip: its images, each with its role and size, then the instruction and the key.
 
     Args:
-        row: an index row with `key, instruction, input_roles, split`.
+        row: an index row with `key, instruction, input_roles, edit_source_index, split`.
         members: see `pipelines.corpus.read_members`.
     """
     images = {n: Image.open(io.BytesIO(data)).convert("RGB") for n, data in members.items() if n[-3:] in ("jpg", "png")}
@@ -60,7 +69,10 @@ def sample_strip(row: Mapping[str, Any], members: Mapping[str, bytes]) -> Image.
     roles = (f"[{i}] {role}" for i, role in enumerate(row["input_roles"], start=1))
     images_by_label = [*zip(roles, inputs, strict=True), ("output", output)]
     if "edit_mask.png" in images:
-        images_by_label.append(("edit mask", _overlay(output, images["edit_mask.png"].convert("L"))))
+        mask = images["edit_mask.png"].convert("L")
+        images_by_label.append(("edit mask", _overlay(output, mask)))
+        if row["edit_source_index"] >= 0:
+            images_by_label.append(_loss_weight(output, mask))
     cells = [(label, image.size, _fit(image)) for label, image in images_by_label]
     text = _wrap(row["instruction"])
     height = max(*(image.height for _, _, image in cells), (len(text) + 2) * _LINE)
@@ -111,6 +123,25 @@ def _overlay(output: Image.Image, mask: Image.Image) -> Image.Image:
     """The output in grey, with the area that may change tinted."""
     grey = output.convert("L").convert("RGB")
     return Image.composite(Image.blend(grey, Image.new("RGB", grey.size, _MASK), 0.5), grey, mask)
+
+
+def _loss_weight(output: Image.Image, mask: Image.Image) -> tuple[str, Image.Image]:
+    """The loss weight of every latent cell by the edit mask, log-scaled over the grey output, and its largest value."""
+    import torch
+
+    from fine_tune.flow import EditWeighting
+
+    width, height = (side // _LATENT for side in output.size)
+    edited = torch.from_numpy(np.asarray(mask) > 0)[: height * _LATENT, : width * _LATENT]
+    latents = torch.zeros(1, height, width)
+    weighting = EditWeighting(mode="mask")
+    weights = weighting.weights(latents, [latents], 0, edited)
+    assert weights is not None
+    strength = (weights[0].clamp(min=1).log() / math.log(weighting.high) * 255).round().byte().numpy()
+    size = (width * _LATENT, height * _LATENT)
+    grey = output.convert("L").convert("RGB").crop((0, 0, *size))
+    heat = Image.fromarray(strength).resize(size, Image.Resampling.NEAREST)
+    return f"loss weight to {float(weights.max()):.0f}", Image.composite(Image.new("RGB", size, _HEAT), grey, heat)
 
 
 def _wrap(instruction: str) -> list[str]:

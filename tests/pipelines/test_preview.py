@@ -63,6 +63,21 @@ def test_a_strip_shows_inputs_output_and_mask(corpus: Folder) -> None:
     np.testing.assert_array_equal(~is_grey, mask[..., 0] == 255)
 
 
+def test_a_strip_shows_the_loss_weight_that_the_mask_implies(corpus: Folder) -> None:
+    row = read_index(corpus, Shard("edit", 0)).to_pylist()[0]
+    members = read_members(corpus, row)
+    strip = sample_strip(row, members)
+    weighted = np.asarray(strip)[TOP : TOP + CELL, 3 * STEP : 3 * STEP + CELL].astype(float)
+    mask = np.asarray(
+        Image.fromarray(decode_rgb(members["edit_mask.png"])).resize((CELL, CELL), Image.Resampling.NEAREST)
+    )
+    tinted = np.ptp(weighted, axis=-1) > 0
+    assert tinted[mask[..., 0] == 255].all()
+    assert not tinted[: CELL // 16, : CELL // 16].any() or mask[: CELL // 16, : CELL // 16].any()
+    unweighted = sample_strip({**row, "edit_source_index": -1}, members)
+    assert unweighted.width == strip.width - STEP
+
+
 def test_a_long_instruction_makes_the_strip_longer_not_wider(corpus: Folder) -> None:
     row = read_index(corpus, Shard("edit", 0)).to_pylist()[0]
     members = read_members(corpus, row)
