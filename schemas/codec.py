@@ -22,7 +22,13 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Lossless PNG of uint8 RGB [H, W, 3], uint8 [H, W] or uint16 [H, W]."""
+    """Lossless PNG of uint8 RGB [H, W, 3], uint8 [H, W] or uint16 [H, W].
+
+    Raises:
+        ValueError: another dtype, of which OpenCV would keep eight bits.
+    """
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"a PNG holds uint8 or uint16, not {pixels.dtype}")
     return _encode(".png", pixels, _PNG)
 
 
