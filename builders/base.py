@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,9 @@ from schemas.codec import decode_raw, decode_rgb
 from schemas.identity import sample_key
 from schemas.records import ImageRecord, Op, SampleRecord
 from schemas.vocabulary import STREAMS
+
+if TYPE_CHECKING:
+    from builders.annotators.annotator import Artefact
 
 
 class BuilderParams(BaseModel):
@@ -56,11 +59,15 @@ def draw_names(weights: Weights, count: int, rng: np.random.Generator) -> list[s
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One kept image: its record, its normalised JPEG bytes, and its raw depth if the source has one."""
+    """One kept image: its record, its normalised JPEG bytes, its raw depth if the source has one, its artefacts.
+
+    `artefacts` holds what annotators found, by annotator, of those that the recipe has.
+    """
 
     record: ImageRecord
     jpeg: bytes
     depth_png: bytes = b""
+    artefacts: Mapping[str, Artefact] = field(default_factory=dict)
 
     @cached_property
     def pixels(self) -> np.ndarray:
@@ -114,6 +121,23 @@ class Builder(ABC):
 
     def __init__(self, params: BuilderParams) -> None:
         self.params = params
+
+    def preflight(self) -> None:
+        """Check, before a job starts and without loading weights, that everything this builder needs is there.
+
+        Raises:
+            filters.models.ModelMissing: names the parameter, the model, and the remedy.
+        """
+        return
+
+    @property
+    def num_gpus(self) -> float:
+        """Share of a GPU that a worker reserves."""
+        return 0.0
+
+    def required_annotators(self) -> frozenset[str]:
+        """Names of annotators without whose artefacts a part of this recipe section could never make a sample."""
+        return frozenset()
 
     @abstractmethod
     def attempts(self, record: ImageRecord, rng: np.random.Generator) -> list[str]:

@@ -70,9 +70,11 @@ def _friendly(command: Callable[..., None]) -> Callable[..., None]:
 @_friendly
 def plan(recipe: RecipeArgument, corpus: CorpusOption) -> None:
     """List the sources and show the units a build would run. Writes the listing only."""
+    from pipelines.preflight import preflight
     from pipelines.stages.ingest import IngestStage
 
     context = _context(recipe, corpus)
+    preflight(context)
     tasks = IngestStage(context).tasks()
     done = _markers(context.corpus, "ingest")
     fresh = {t.unit for t in tasks if t.unit in done and done[t.unit].digest == t.digest}
@@ -81,7 +83,10 @@ def plan(recipe: RecipeArgument, corpus: CorpusOption) -> None:
         units = [t for t in tasks if t.payload["source"] == source.name]
         todo = sum(t.unit not in fresh for t in units)
         table.add_row(source.name, f"{len(units):,}", f"{todo:,}", f"{sum(t.payload['items'] for t in units):,}")
-    typer.echo(f"recipe {context.recipe.name}: builders {', '.join(context.recipe.builders()) or 'none'}")
+    wanted = context.recipe
+    used = {"scorers": wanted.scorers(), "annotators": wanted.annotators(), "builders": wanted.builders()}
+    parts = [f"{kind} {', '.join(names) or 'none'}" for kind, names in used.items()]
+    typer.echo(f"recipe {context.recipe.name}: {'; '.join(parts)}")
     _print(table)
 
 
@@ -94,7 +99,9 @@ def build(
         int, typer.Option(help="units at a time on Ray; 0 runs in this process without Ray", min=0)
     ] = os.cpu_count() or 1,
     address: Annotated[str | None, typer.Option(help="Ray cluster, e.g. auto or ray://head:10001")] = None,
-    until: Annotated[str, typer.Option(help="last stage: ingest, decide, build, pack or publish")] = "publish",
+    until: Annotated[
+        str, typer.Option(help="last stage: ingest, score, neighbours, decide, annotate, build, pack or publish")
+    ] = "publish",
 ) -> None:
     """Build a corpus, or bring it up to date: units that are done and unchanged are skipped."""
     from pipelines.run import build as run_build
@@ -147,15 +154,24 @@ def status(corpus: CorpusArgument) -> None:
 def stats(
     corpus: CorpusArgument,
     as_json: Annotated[bool, typer.Option("--json", help="machine-readable, everything")] = False,
+    plots: Annotated[Path | None, typer.Option(help="write a histogram per filter to this folder, as PNG")] = None,
 ) -> None:
-    """Counts and distributions per stream and subtask, and why inputs were dropped or quarantined."""
+    """Counts per stream and subtask, what each filter saw and refused, and why inputs were dropped or quarantined."""
     from pipelines.corpus import summary
+    from pipelines.funnel import funnel
+    from pipelines.funnel_views import funnel_table, plot_funnel
 
     folder = _published(corpus)
+    steps = funnel(folder)
+    drawn = list(plot_funnel(steps, plots)) if plots else []
     if as_json:
-        typer.echo(json.dumps(summary(folder) | {"ledger": _reasons(folder)}, indent=1, sort_keys=True))
+        found = {"ledger": _reasons(folder), "funnel": [step.to_json() for step in steps]}
+        typer.echo(json.dumps(summary(folder) | found, indent=1, sort_keys=True))
         return
     _print_summary(folder)
+    _print(funnel_table(steps))
+    for path in drawn:
+        typer.echo(path)
     table = Table("stage", "fate", "reason", "inputs")
     for stage, fates in _reasons(folder).items():
         for fate, reasons in fates.items():
@@ -175,6 +191,35 @@ def lint(corpus: CorpusArgument) -> None:
         typer.echo(f"{finding.path}: {finding.rule}: {finding.detail}")
     typer.echo(f"{len(findings)} problem(s)" if findings else "no problems")
     raise typer.Exit(1 if findings else 0)
+
+
+@app.command()
+@_friendly
+def calibrate(
+    images: Annotated[
+        Path | None,
+        typer.Option(help="clean photographs; default: those of the demo", exists=True, file_okay=False),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="whose scorers and thresholds; default: built in", exists=True, dir_okay=False),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="folder for calibration.json, .md and .png")] = Path("calibration"),
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+) -> None:
+    """Plant known faults into clean photographs; show how many each filter finds, and what it rejects wrongly."""
+    from filters.calibration import report
+    from pipelines import calibrate as calibration
+    from pipelines.recipes import load
+
+    checks = calibration.calibrate(images, load(recipe) if recipe else None)
+    paths = calibration.write(checks, out)
+    if as_json:
+        typer.echo(json.dumps([check.to_json() for check in checks], indent=1, ensure_ascii=False))
+        return
+    _print(report.table(checks))
+    for path in paths:
+        typer.echo(path)
 
 
 @app.command()

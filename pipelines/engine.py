@@ -11,11 +11,13 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import groupby, islice
 from typing import Any, ClassVar
 
+from filters.models import ModelMissing
 from pipelines import ledger
 from pipelines.ledger import LedgerRow, Marker
 from pipelines.poison import attempt, find_poison
@@ -27,11 +29,21 @@ Progress = Callable[[Marker, bool], None]  # (marker, whether it was already the
 
 @dataclass(frozen=True)
 class Task:
-    """One unit of one stage: what identifies the work (`digest`), and what the stage needs to do it (`payload`)."""
+    """One unit of one stage.
+
+    Attributes:
+        unit: name of the unit, unique in the stage.
+        digest: identifies the work: a marker with another one is stale.
+        payload: what the stage needs to do it; plain JSON.
+        num_gpus: share of a GPU that Ray reserves for it; 0 runs without one.
+        phase: tasks of a phase start when all of those before are done, and may read what they wrote.
+    """
 
     unit: str
     digest: str
     payload: dict[str, Any]
+    num_gpus: float = 0.0
+    phase: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,10 +57,15 @@ class Context:
 
 @dataclass(frozen=True)
 class Kept:
-    """An input that went on. `uid` identifies it from here on, `outputs` names what was made of it."""
+    """An input that went on. `uid` identifies it from here on, `outputs` names what was made of it.
+
+    A `reason` notes what went wrong all the same (a value that could not be measured).
+    """
 
     uid: str = ""
     outputs: tuple[str, ...] = ()
+    reason: str = ""
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,6 +87,11 @@ class Quarantined:
 
 
 Fate = Kept | Dropped | Quarantined
+Outcome = tuple[Fate, Any]  # what became of a row, and what to write for it
+
+
+class BatchError(RuntimeError):
+    """A stage did not answer for every row of a batch."""
 
 
 class Stage(ABC):
@@ -97,27 +119,40 @@ class Stage(ABC):
 
 
 class RowStage(Stage):
-    """A stage that treats the rows of a unit one by one. An error costs the row, never the unit."""
+    """A stage that treats the rows of a unit in small batches. An error costs the row, never the unit."""
+
+    def batch_size(self, task: Task) -> int:
+        """Rows to process at a time."""
+        return 1
 
     @abstractmethod
     def rows(self, task: Task) -> Iterator[Any]:
         """Rows of the unit in a fixed order, streamed. Each has `input` (where from) and `uid` ("" if unknown)."""
 
     @abstractmethod
-    def process(self, row: Any) -> tuple[Fate, Any]:
-        """The fate of one row, and what to write for it. Whatever it raises quarantines the row."""
+    def process(self, row: Any) -> Outcome:
+        """The fate of one row, and what to write for it."""
+
+    def process_batch(self, rows: Sequence[Any]) -> list[Outcome]:
+        """The outcome of each row, in order. If it raises, the rows are tried one by one."""
+        return [self.process(row) for row in rows]
 
     @abstractmethod
     def writer(self, task: Task) -> Any:
         """Context manager with `add(index, row, result)` for kept rows; `outputs` is read after it closed."""
+
+    def failed(self, row: Any, reason: str, detail: str) -> Outcome:
+        """The outcome of a row that raises or kills: quarantine, unless the stage has a use for it."""
+        return Quarantined(reason, detail), None
 
     def run(self, task: Task) -> Marker:
         with attempt(self.corpus, self.name, task) as deaths:
             poison = find_poison(self, task) if deaths >= 2 else frozenset()
             entries: list[LedgerRow] = []
             with self.writer(task) as writer:
-                for index, row in enumerate(self.rows(task)):
-                    fate, result = (_POISON, None) if index in poison else self.guarded(row)
+                # Of a unit that killed its process, a batch may have been too much for the memory.
+                size = self.batch_size(task) if deaths < 2 else 1
+                for index, row, (fate, result) in self._outcomes(task, size, poison):
                     if isinstance(fate, Kept):
                         writer.add(index, row, result)
                     entries.append(_entry(task.unit, index, row, fate))
@@ -127,21 +162,44 @@ class RowStage(Stage):
             outputs[path] = describe(self.corpus, path)
         return Marker(self.name, task.unit, task.digest, ledger.count(entries), outputs)
 
-    def guarded(self, row: Any) -> tuple[Fate, Any]:
-        """`process`, with an error turned into quarantine."""
+    def guarded(self, rows: Sequence[Any]) -> list[Outcome]:
+        """`process_batch`, in which an error costs only the row that causes it."""
+        if not rows:
+            return []
         try:
-            return self.process(row)
+            outcomes = self.process_batch(rows)
+            if len(outcomes) != len(rows):
+                raise BatchError(f"stage {self.name} gave {len(outcomes)} outcomes for {len(rows)} rows")
+            return outcomes
+        except ModelMissing:  # no row is to blame
+            raise
         except Exception as error:
-            return Quarantined(f"error:{type(error).__name__}", f"{error}"[:500]), None
+            if len(rows) == 1:
+                return [self.failed(rows[0], f"error:{type(error).__name__}", f"{error}"[:500])]
+            return [outcome for row in rows for outcome in self.guarded([row])]
+
+    def _outcomes(self, task: Task, size: int, poison: frozenset[int]) -> Iterator[tuple[int, Any, Outcome]]:
+        """Every row of the unit once, in order, with its outcome."""
+        for batch in _batches(enumerate(self.rows(task)), size):
+            outcomes = iter(self.guarded([row for index, row in batch if index not in poison]))
+            for index, row in batch:
+                yield index, row, self.failed(row, *_POISON) if index in poison else next(outcomes)
 
 
-_POISON = Quarantined("poison", "kills the process that handles it")
+_POISON = ("poison", "kills the process that handles it")
+
+
+def _batches(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Consecutive rows, `size` at a time; the last batch may be shorter."""
+    remaining = iter(rows)
+    while batch := list(islice(remaining, size)):
+        yield batch
 
 
 def _entry(unit: str, index: int, row: Any, fate: Fate) -> LedgerRow:
     match fate:
-        case Kept(uid, outputs):
-            return LedgerRow(unit, index, row.input, uid or row.uid, "kept", outputs=outputs)
+        case Kept(uid, outputs, reason, detail):
+            return LedgerRow(unit, index, row.input, uid or row.uid, "kept", reason, detail=detail, outputs=outputs)
         case Dropped(reason, value, detail, uid):
             return LedgerRow(unit, index, row.input, uid or row.uid, "dropped", reason, value, detail)
         case Quarantined(reason, detail):
@@ -211,7 +269,7 @@ def _run_unit(stage: Stage, task: Task) -> Marker:
 
 
 def _run_here(stage: Stage, context: Context, tasks: list[Task], workers: int) -> Iterator[Marker]:
-    return (_run_unit(stage, task) for task in tasks)
+    return (_run_unit(stage, task) for task in sorted(tasks, key=lambda t: t.phase))
 
 
 @cache
@@ -233,27 +291,39 @@ def _run_batch(batch: dict[str, Any], arguments: str) -> dict[str, Any]:
 
 def _run_on_ray(stage: Stage, context: Context, tasks: list[Task], workers: int) -> Iterator[Marker]:
     """Units as Ray Data tasks: worker processes, with what they imported, serve one stage after the other."""
+    arguments = json.dumps(
+        {
+            "name": stage.name,
+            "corpus_url": context.corpus.url,
+            "recipe": context.recipe.model_dump(mode="json"),
+            "base": context.base,
+        }
+    )
+    groups = groupby(sorted(tasks, key=_group), key=_group)
+    for (_, num_gpus), group in groups:
+        yield from _map_on_ray(list(group), arguments, workers, num_gpus)
+
+
+def _group(task: Task) -> tuple[int, float]:
+    """What tasks that run side by side have in common."""
+    return task.phase, task.num_gpus
+
+
+def _map_on_ray(tasks: list[Task], arguments: str, workers: int, num_gpus: float) -> Iterator[Marker]:
     import ray.data
 
-    if not tasks:
-        return
     data = ray.data.DataContext.get_current()
     data.enable_progress_bars = data.print_on_execution_start = False
     data.target_max_block_size = None  # a unit is a block, whatever its size
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = [{"task": json.dumps(asdict(t))} for t in tasks]
-    arguments = {
-        "name": stage.name,
-        "corpus_url": context.corpus.url,
-        "recipe": context.recipe.model_dump(mode="json"),
-        "base": context.base,
-    }
     units = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _run_batch,  # type: ignore[arg-type]  # Ray's stubs do not know of fn_kwargs
-        fn_kwargs={"arguments": json.dumps(arguments)},
+        fn_kwargs={"arguments": arguments},
         batch_size=None,
         compute=ray.data.TaskPoolStrategy(size=workers),
         num_cpus=1,
+        num_gpus=num_gpus or None,
     )
     for row in units.iter_rows():
         yield Marker(**json.loads(row["marker"]))

@@ -1,7 +1,8 @@
 """Image normalisation: any photograph in, upright 8-bit sRGB RGB JPEG out, or the reason why not.
 
-A JPEG that needs no change passes through byte for byte, after one full decode that proves it whole. No call
-touches process-wide state (Pillow's settings, the warning filters), so any number of threads may be here.
+A JPEG that needs no change keeps its compressed pixels, after one full decode that proves it whole; its metadata is
+removed. No call touches process-wide state (Pillow's settings, the warning filters), so any number of threads may be
+here.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from pipelines.metadata import strip_jpeg, strip_png
 from schemas.codec import decode_raw, encode_jpeg, encode_png
 from schemas.records import Entity
 
@@ -89,13 +91,13 @@ class Normalised:
     """An upright 8-bit sRGB RGB image.
 
     Attributes:
-        data: the source bytes themselves if nothing had to change, else what `schemas.codec.encode_jpeg` makes
+        data: the source bytes without metadata if nothing had to change, else what `schemas.codec.encode_jpeg` makes
             (`encode_png` where `lossless` was asked for).
         width, height: of `data`, in pixels.
         source_width, source_height: of the source once upright; what boxes and masks refer to.
         source_format: by content, e.g. "PNG".
-        changes: what was done, in order, e.g. `("orientation_6", "scaled")`. `mislabelled` (the extension names
-            another format) is noted here although it changes nothing.
+        changes: what was done, in order, e.g. `("orientation_6", "scaled")`, or `metadata_removed` alone.
+            `mislabelled` (the extension names another format) is noted here although it changes nothing.
     """
 
     data: bytes
@@ -143,8 +145,11 @@ def normalise(
         image = image.resize(target, Image.Resampling.LANCZOS)
         changes.append("scaled")
     image = _to_srgb(image, profile, changes)
-    encode = encode_png if lossless else encode_jpeg
-    encoded = data if len(changes) == notes else encode(np.asarray(image))
+    if len(changes) == notes:
+        encoded = strip_png(data) if lossless else strip_jpeg(data)
+        changes += ["metadata_removed"] if encoded != data else []
+    else:
+        encoded = encode_png(np.asarray(image)) if lossless else encode_jpeg(np.asarray(image))
     return Normalised(encoded, *target, *source, kind, tuple(changes))
 
 

@@ -86,7 +86,7 @@ def _try_rows() -> None:
     stage = make_stage(job["stage"], job["corpus_url"], job["recipe"], job["base"])
     assert isinstance(stage, RowStage)
     for row in islice(stage.rows(Task(**job["task"])), *job["rows"]):
-        stage.guarded(row)
+        stage.guarded([row])
 
 
 if __name__ == "__main__":

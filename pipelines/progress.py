@@ -16,16 +16,16 @@ console = Console(stderr=True)
 
 @contextmanager
 def stage_progress(stage: str, units: int) -> Iterator[engine.Progress]:
-    """A progress bar; units that were already done do not count into the rate."""
+    """A progress bar (none without units); units that were already done do not count into the rate."""
     counts: list[dict[str, int]] = []
     columns = (
-        TextColumn("{task.description:>6}"),
+        TextColumn("{task.description:>10}"),
         BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rows]}"),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, disable=not units) as bar:
         task = bar.add_task(stage, total=units, rows="")
         fresh = 0
 

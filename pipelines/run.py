@@ -9,6 +9,7 @@ import yaml
 
 from pipelines import __version__, engine, ledger
 from pipelines.engine import Context, Stage
+from pipelines.preflight import preflight
 from pipelines.progress import console, stage_progress
 from pipelines.publish import Digest, publish
 from pipelines.stages import STAGES
@@ -16,6 +17,7 @@ from pipelines.stages.build import BuildStage
 from pipelines.stages.decide import DecideStage
 from pipelines.stages.ingest import IngestStage
 from pipelines.stages.pack import PackStage
+from pipelines.stages.score import ScoreStage
 
 # What decides bytes: a corpus built with other versions of these may differ.
 _VERSIONED = ("numpy", "opencv-python-headless", "pillow", "pyarrow", "controlnet_aux")
@@ -28,26 +30,41 @@ def build(context: Context, workers: int, address: str | None = None, until: str
         context: corpus, recipe and base of relative paths.
         workers: units at a time on Ray; 0 runs everything in this process without Ray.
         address: of a Ray cluster; None starts Ray on this machine.
-        until: the last stage to run: ingest, decide, build, pack or publish.
+        until: the last stage to run: ingest, score, neighbours, decide, annotate, build, pack or publish.
 
     Raises:
+        schemas.recipe.RecipeError: a model that the recipe names is missing; nothing has run.
         pipelines.ledger.ConservationError: a stage lost an input.
     """
-    if not context.corpus.exists("work/images"):  # never built, or cleaned up after publishing
-        if _is_published(context):
-            return
+    has_images = context.corpus.exists("work/images")  # if not: never built, or cleaned up after publishing
+    if not has_images and _is_published(context):
+        return
+    preflight(context)
+    if not has_images:
         for stage in (IngestStage.name, BuildStage.name):
             context.corpus.remove(f"{ledger.FOLDER}/{stage}")
     if workers:
         engine.connect(address, workers)
-    expected: int | None = None
+    kept: dict[str, int] = {}
     for name, kind in STAGES.items():
-        kept = _run(kind(context), context, workers, expected)
+        if name == ScoreStage.name:
+            preflight(context)  # of images that were not there before
+        kept[name] = _run(kind(context), context, workers, _expected(name, context, kept))
         if name == until:
             return
-        # `build` makes several attempts per image and `pack` counts samples: only `decide` has a known input.
-        expected = kept if name == "ingest" else None
     _publish(context)
+
+
+def _expected(stage: str, context: Context, kept: dict[str, int]) -> int | None:
+    """How many inputs a stage has to account for, if the stages before it say so.
+
+    `neighbours` counts pairs, `annotate` leaves out finished samples, `build` makes several attempts per image, and
+    `pack` counts samples.
+    """
+    images = kept.get(IngestStage.name)
+    if stage == ScoreStage.name and images is not None:
+        return images * len(context.recipe.scorers())
+    return images if stage == DecideStage.name else None
 
 
 def publish_parts(context: Context) -> None:
@@ -61,7 +78,7 @@ def _is_published(context: Context) -> bool:
     if not context.corpus.exists("manifest.json"):
         return False
     recipe = context.corpus.read_bytes("recipe.yaml").decode()
-    stages: list[Stage] = [kind(context) for kind in (IngestStage, DecideStage, BuildStage)]
+    stages = (kind(context) for name, kind in STAGES.items() if name != PackStage.name)
     return recipe == _recipe_text(context) and all(engine.is_done(stage) for stage in stages)
 
 

@@ -53,6 +53,7 @@ IMAGES = pa.schema(
         ("author", pa.string()),
         ("source_url", pa.string()),
         ("optout", pa.bool_()),
+        ("optout_reason", pa.string()),  # where it was said and what, "" if nowhere
         ("ready", pa.string()),  # JSON of a finished sample (task, instruction, its images), or ""
     ]
 )

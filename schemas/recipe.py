@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
+from schemas.decide import Decide
 from schemas.sources import Source
 
 _MIB = 1 << 20
@@ -36,28 +47,6 @@ class Ingest(Section):
     )
 
 
-class Splits(Section):
-    """Shares of scenes held out. All samples of one scene are in one split."""
-
-    val: float = Field(default=0.0, ge=0, lt=1)
-    test: float = Field(default=0.0, ge=0, lt=1)
-
-    @model_validator(mode="after")
-    def _leaves_training_data(self) -> Splits:
-        if self.val + self.test >= 1:
-            raise ValueError("val + test must be below 1")
-        return self
-
-
-class Decide(Section):
-    """Which images are used. Changing a rule runs no model and rebuilds only the units it changes."""
-
-    min_side: int = Field(default=64, ge=1, description="shorter side in pixels, at least")
-    max_aspect: float = Field(default=3.0, ge=1, description="longer side / shorter side, at most")
-    licenses: tuple[str, ...] = Field(default=(), description="allow-list of licences; empty allows all")
-    splits: Splits = Splits()
-
-
 class Pack(Section):
     """How samples become shards."""
 
@@ -73,16 +62,23 @@ class Pack(Section):
 
 
 class Recipe(Section):
-    """A corpus. `build` has one section per builder; `recipe_model` types it from the builders there are."""
+    """A corpus. `score`, `annotate` and `build` have one section per scorer, annotator and builder.
+
+    `recipe_model` types them.
+    """
 
     name: str = Field(pattern=r"[a-z0-9][a-z0-9_-]*")
     description: str = ""
     seed: int = Field(default=0, ge=0)
     sources: tuple[Source, ...] = Field(min_length=1)
     ingest: Ingest = Ingest()
+    score: Any = None
     decide: Decide = Decide()
+    annotate: Any = None
     build: Any
     pack: Pack = Pack()
+    _file: str = PrivateAttr("recipe")
+    _lines: dict[tuple[Any, ...], int] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Recipe:
@@ -93,15 +89,41 @@ class Recipe(Section):
 
     def builders(self) -> dict[str, Any]:
         """Parameters of the builders that the recipe asks for, by name, in a fixed order."""
-        given = {name: getattr(self.build, name) for name in type(self.build).model_fields}
-        return {name: params for name, params in given.items() if params is not None}
+        return _given(self.build)
+
+    def scorers(self) -> dict[str, Any]:
+        """Parameters of the scorers that the recipe asks for, by name, in a fixed order."""
+        return _given(self.score)
+
+    def annotators(self) -> dict[str, Any]:
+        """Parameters of the annotators that the recipe asks for, by name, in a fixed order."""
+        return _given(self.annotate)
+
+    def error(self, path: Sequence[Any], problem: str) -> RecipeError:
+        """A mistake in the value at `path` (`("score", "clip", "model")`), with the line where it stands."""
+        return RecipeError(_locate(path, problem, self._lines, self._file))
 
 
-def recipe_model(builder_params: Mapping[str, type[BaseModel]]) -> type[Recipe]:
-    """`Recipe` with a typed `build` section for these builders."""
-    optional: dict[str, Any] = {name: (params | None, None) for name, params in builder_params.items()}
-    build = create_model("Build", __base__=Section, **optional)
-    return create_model("Recipe", __base__=Recipe, build=(build, ...))
+def _given(section: BaseModel) -> dict[str, Any]:
+    values = {name: getattr(section, name) for name in type(section).model_fields}
+    return {name: params for name, params in values.items() if params is not None}
+
+
+def recipe_model(
+    builder_params: Mapping[str, type[BaseModel]],
+    scorer_params: Mapping[str, type[BaseModel]],
+    annotator_params: Mapping[str, type[BaseModel]] = MappingProxyType({}),
+) -> type[Recipe]:
+    """`Recipe` with typed `build`, `score` and `annotate` sections for these builders, scorers and annotators."""
+    build, score = _sections("Build", builder_params), _sections("Score", scorer_params)
+    annotate = _sections("Annotate", annotator_params)
+    optional: dict[str, Any] = {"score": (score, score()), "annotate": (annotate, annotate())}
+    return create_model("Recipe", __base__=Recipe, build=(build, ...), **optional)
+
+
+def _sections(name: str, params: Mapping[str, type[BaseModel]]) -> type[Section]:
+    optional: dict[str, Any] = {key: (section | None, None) for key, section in params.items()}
+    return create_model(name, __base__=Section, **optional)
 
 
 def parse_recipe(text: str, model: type[Recipe], file: str = "recipe") -> Recipe:
@@ -124,10 +146,17 @@ def parse_recipe(text: str, model: type[Recipe], file: str = "recipe") -> Recipe
         raise RecipeError(f"{file}:1: a recipe is a mapping of keys to values")
     lines: dict[tuple[Any, ...], int] = {}
     _collect_lines(node, (), lines, file)
-    # `captions:` with nothing behind it asks for the builder with its defaults.
-    data["build"] = {k: {} if v is None else v for k, v in (data.get("build") or {}).items()}
+    for section in (
+        "score",
+        "annotate",
+        "build",
+    ):  # `captions:` with nothing behind it asks for the builder with its defaults
+        given = data.get(section) or {}
+        data[section] = {k: {} if v is None else v for k, v in given.items()} if isinstance(given, dict) else given
     try:
-        return model.model_validate(data)
+        recipe = model.model_validate(data)
+        recipe._file, recipe._lines = file, lines
+        return recipe
     except ValidationError as error:
         known = _property_names(model)
         raise RecipeError("\n".join(_describe(e, lines, known, file) for e in error.errors())) from error
@@ -161,29 +190,37 @@ def _collect_lines(node: yaml.Node, path: tuple[Any, ...], lines: dict[tuple[Any
 
 
 def _describe(error: Any, lines: dict[tuple[Any, ...], int], known: set[str], file: str) -> str:
-    path: tuple[Any, ...] = ()
-    for part in error["loc"]:  # pydantic adds union tags to the location; only what stands in the file counts
-        if (*path, part) in lines:
-            path = (*path, part)
     last = str(error["loc"][-1]) if error["loc"] else ""
-    where = ".".join(map(str, path))
     match error["type"]:
         case "extra_forbidden":
-            problem = "unknown key" + _suggest(last, known)
+            problem = "unknown key" + did_you_mean(last, known)
         case "literal_error" | "union_tag_invalid":
             expected = error["ctx"].get("expected") or error["ctx"]["expected_tags"]
             given = error["ctx"].get("tag", error["input"])
-            problem = f"{given!r} is not one of {expected}" + _suggest(
+            problem = f"{given!r} is not one of {expected}" + did_you_mean(
                 str(given), set(re.findall(r"'([^']+)'", expected))
             )
         case "missing":
             problem = f"key {last!r} is missing"
         case _:
             problem = f"{error['msg']} (got {error['input']!r:.80})"
-    return f"{file}:{lines.get(path, 1)}: {where + ': ' if where else ''}{problem}"
+    return _locate(error["loc"], problem, lines, file)
 
 
-def _suggest(name: str, known: set[str]) -> str:
+def _locate(path: Sequence[Any], problem: str, lines: Mapping[tuple[Any, ...], int], file: str) -> str:
+    """`file:line: key: problem`, at the innermost key on the path that stands in the file."""
+    if not lines:  # made from values
+        return f"{file}: {'.'.join(map(str, path))}: {problem}"
+    here: tuple[Any, ...] = ()
+    for part in path:  # pydantic adds union tags to the location; only what stands in the file counts
+        if (*here, part) in lines:
+            here = (*here, part)
+    where = ".".join(map(str, here))
+    return f"{file}:{lines.get(here, 1)}: {where + ': ' if where else ''}{problem}"
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """`; did you mean 'x'?`, or nothing."""
     near = difflib.get_close_matches(name, sorted(known), n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 

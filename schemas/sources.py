@@ -20,6 +20,8 @@ FieldName = Literal[
     "license_url",
     "author",
     "optout",
+    "x_robots_tag",
+    "tdm_reservation",
 ]
 
 
@@ -31,13 +33,16 @@ class SourceBase(BaseModel):
         path: file, folder or glob, as a local path or any fsspec URL; a relative one starts at the recipe's folder.
         license, license_url, author: used where a row says nothing itself.
         optout: True marks every row of the source as opted out.
+        user_agents: names under which the images were fetched; rows' `x_robots_tag` may address them.
+        robots_directives: directives of `X-Robots-Tag` that opt an image out.
         scene_from: images of one scene never straddle train/val/test. `field` uses the row's `scene_id`, `folder`
             the image's folder; `uid` (and the others where they yield nothing) makes every image its own scene.
         fields: field -> its name in the source (column, or key of the JSON), where the two differ. `caption` and
             `caption_short` describe the image, `alt` is text found beside it; `entities` is a list of `{phrase,
             label, box: [x0, y0, x1, y1], mask, score}` in pixels of the upright image, a mask being uncompressed
             COCO run lengths, polygons, or the path of a mask image; `depth` is a 16-bit PNG (larger is nearer, 0
-            unknown).
+            unknown); `x_robots_tag` and `tdm_reservation` are response headers of those names (text, or a list of
+            several), the latter also a site's `tdmrep.json`.
         max_caption_chars: longer captions quarantine their row.
     """
 
@@ -49,6 +54,8 @@ class SourceBase(BaseModel):
     license_url: str = ""
     author: str = ""
     optout: bool = False
+    user_agents: tuple[str, ...] = ("x2i", "img2dataset")
+    robots_directives: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
     scene_from: Literal["field", "folder", "uid"] = "field"
     fields: dict[FieldName, str] = {}
     max_caption_chars: int = Field(default=8000, gt=0)

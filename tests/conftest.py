@@ -69,7 +69,7 @@ seed: 3
 sources:
   - {{name: photos, type: folder, path: "{photos}", text_is: caption}}
 ingest: {{unit_rows: 3, max_pixels: 36864}}
-decide: {{min_side: 32, splits: {{val: 0.2, test: 0.2}}}}
+decide: {{filters: [{{column: min_side, min: 32}}, {{column: aspect, max: 3}}], splits: {{val: 0.2, test: 0.2}}}}
 build:
   captions: {{}}
   condition_maps: {{maps: [lines, luminance, palette, boxes, segmentation], per_image: 3}}

@@ -51,6 +51,7 @@ class SourceRow:
         image: undecoded bytes.
         declared: lower-case extension the bytes go by, "" if none; pass it to `pipelines.images.normalise`.
         scene_id: "" means: the image is its own scene.
+        optout_reason: who or what opted the image out of training, "" if nobody did.
         depth_png: 16-bit PNG, larger is nearer; b"" if there is none.
     """
 
@@ -64,7 +65,7 @@ class SourceRow:
     license_url: str = ""
     author: str = ""
     source_url: str = ""
-    optout: bool = False
+    optout_reason: str = ""
     depth_png: bytes = b""
 
 
@@ -87,7 +88,7 @@ class ReadySample:
     license_url: str = ""
     author: str = ""
     source_url: str = ""
-    optout: bool = False
+    optout_reason: str = ""
 
 
 @dataclass(frozen=True)

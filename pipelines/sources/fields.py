@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, get_args
 
+from filters.optout import robots_optout, tdm_optout
 from pipelines.images import MAX_SOURCE_PIXELS, BadInput, decode_mask_image
 from pipelines.sources.files import SourceError
 from schemas.masks import encode_rle
@@ -72,8 +73,17 @@ class RowParser:
             "license_url": text["license_url"] or self.config.license_url,
             "author": text["author"] or self.config.author,
             "source_url": text["source_url"],
-            "optout": self.config.optout or _flag(values.get("optout")),
+            "optout_reason": self._optout_reason(values, text["source_url"]),
         }
+
+    def _optout_reason(self, values: Mapping[str, Any], url: str) -> str:
+        if self.config.optout:
+            return "source"
+        if _flag(values.get("optout")):
+            return "row"
+        headers, config = values.get("x_robots_tag"), self.config
+        robots = robots_optout(headers, config.user_agents, config.robots_directives)
+        return robots or tdm_optout(values.get("tdm_reservation"), url)
 
     def _captions(self, values: Mapping[str, Any]) -> Captions:
         texts = sorted(filter(None, map(self._caption, _listed(values.get("caption")))), key=len)

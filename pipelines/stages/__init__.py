@@ -6,13 +6,18 @@ from typing import Any
 
 from pipelines.engine import Context, Stage
 from pipelines.recipes import RECIPE
+from pipelines.stages.annotate import AnnotateStage
 from pipelines.stages.build import BuildStage
 from pipelines.stages.decide import DecideStage
 from pipelines.stages.ingest import IngestStage
+from pipelines.stages.neighbours import NeighboursStage
 from pipelines.stages.pack import PackStage
+from pipelines.stages.score import ScoreStage
 from pipelines.storage import Folder
 
-STAGES: dict[str, type[Stage]] = {s.name: s for s in (IngestStage, DecideStage, BuildStage, PackStage)}
+STAGES: dict[str, type[Stage]] = {
+    s.name: s for s in (IngestStage, ScoreStage, NeighboursStage, DecideStage, AnnotateStage, BuildStage, PackStage)
+}
 
 
 def make_stage(name: str, corpus_url: str, recipe: dict[str, Any], base: str) -> Stage:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 
 from builders.base import Builder, Rejected, Sample, SourceImage
 from builders.ready import ReadyImage, build_ready
 from builders.registry import BUILDERS
-from filters.decide import split_of
 from pipelines import ledger
 from pipelines.engine import Context, Dropped, Fate, Kept, RowStage, Task, describe
+from pipelines.stages.annotate import AnnotateStage, annotators_of
 from pipelines.stages.decide import DecideStage
-from pipelines.stages.ingest import IngestStage, images_path, in_source_order, tar_path
+from pipelines.stages.ingest import IngestStage, in_source_order
+from pipelines.stages.kept import kept_images
 from schemas.arrow import SAMPLES
 from schemas.identity import digest_of, generator
-from schemas.records import Captions, ImageRecord, Op
 from schemas.shards import encode_sample, iter_bytes
 from schemas.vocabulary import STREAMS
 
@@ -53,18 +52,23 @@ class BuildStage(RowStage):
         super().__init__(context)
         sections = self.recipe.builders()
         self.builders: dict[str, Builder] = {n: b(sections[n]) for n, b in BUILDERS.items() if n in sections}
+        self.annotators = annotators_of(self.recipe)
 
     def tasks(self) -> list[Task]:
+        found = ledger.read_markers(self.corpus, AnnotateStage.name)
         verdicts = ledger.read_markers(self.corpus, DecideStage.name)["all"].outputs
         params = {n: [b.version, b.params.model_dump(mode="json")] for n, b in self.builders.items()}
         same_for_all = [self.version, self.recipe.seed, self.recipe.decide.splits.model_dump(mode="json"), params]
-        return [
-            Task(u, digest_of([same_for_all, m.content, verdicts[ledger.ledger_path(DecideStage.name, u)]]), {})
-            for u, m in in_source_order(self.recipe, ledger.read_markers(self.corpus, IngestStage.name)).items()
-        ]
+        num_gpus = max((builder.num_gpus for builder in self.builders.values()), default=0.0)
+        tasks = []
+        for unit, marker in in_source_order(self.recipe, ledger.read_markers(self.corpus, IngestStage.name)).items():
+            artefacts = [(name, found[part].content) for name in self.annotators if (part := f"{unit}.{name}") in found]
+            kept = verdicts[ledger.ledger_path(DecideStage.name, unit)]["kept"]
+            tasks.append(Task(unit, digest_of([same_for_all, marker.content, kept, artefacts]), {}, num_gpus))
+        return tasks
 
     def rows(self, task: Task) -> Iterator[Attempt]:
-        for image in self._kept_images(task.unit):
+        for _, image in kept_images(self.corpus, task.unit, self.recipe.decide.splits, self.annotators):
             uid = image.record.uid
             if isinstance(image, ReadyImage):
                 yield Attempt(f"{uid}/ready/sample", uid, image, "ready", "sample")
@@ -85,42 +89,6 @@ class BuildStage(RowStage):
 
     def writer(self, task: Task) -> PartWriter:
         return PartWriter(self, task.unit)
-
-    def _kept_images(self, unit: str) -> Iterator[SourceImage | ReadyImage]:
-        verdicts = self.corpus.read_table(ledger.ledger_path(DecideStage.name, unit), ["row", "status"]).to_pylist()
-        kept = {v["row"] for v in verdicts if v["status"] == "kept"}
-        images = self.corpus.read_table(images_path(unit)).to_pylist()
-        with self.corpus.open(tar_path(unit)) as tar:
-            for row in images:
-                if row["row"] in kept:
-                    members = {name: _read(tar, *place) for name, place in json.loads(row["members"]).items()}
-                    yield _source_image(self._record(row), row["ready"], members)
-
-    def _record(self, row: dict[str, Any]) -> ImageRecord:
-        scene = row["scene_id"] or row["uid"]
-        inherited = {k: row[k] for k in ("license", "license_url", "author", "source_url", "optout")}
-        return ImageRecord(
-            **inherited,
-            uid=row["uid"],
-            width=row["width"],
-            height=row["height"],
-            captions=Captions(**row["captions"]),
-            entities=json.loads(row["entities"]),
-            scene_id=scene,
-            split=split_of(scene, self.recipe.decide.splits),
-            ops=(Op.of("ingest", IngestStage.version, changes=row["changes"], input=row["input"]),),
-        )
-
-
-def _read(tar: IO[bytes], offset: int, size: int) -> bytes:
-    tar.seek(offset)
-    return tar.read(size)
-
-
-def _source_image(record: ImageRecord, ready: str, members: dict[str, bytes]) -> SourceImage | ReadyImage:
-    if ready:
-        return ReadyImage.of(record, json.loads(ready), members)
-    return SourceImage(record, members["jpg"], members.get("depth.png", b""))
 
 
 class PartWriter:

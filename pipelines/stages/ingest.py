@@ -9,10 +9,11 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 
+from filters.optout import embedded_optout
 from pipelines.engine import Context, Fate, Kept, Quarantined, RowStage, Task, describe
 from pipelines.images import BadInput, Normalised, normalise, transform_geometry
 from pipelines.ledger import Marker
@@ -34,10 +35,25 @@ def images_path(unit: str) -> str:
     return f"work/images/{unit}.parquet"
 
 
+def scores_path(scorer: str, unit: str) -> str:
+    """Columns of a unit's images, which stay when `work/` is deleted; `ingest` counts as a scorer too."""
+    return f"meta/scores/{scorer}/{unit}.parquet"
+
+
+def read_member(tar: IO[bytes], members: str, name: str) -> bytes:
+    """One member of an image, by the `members` column of its row."""
+    offset, size = json.loads(members)[name]
+    tar.seek(offset)
+    return tar.read(size)
+
+
 def in_source_order(recipe: Recipe, markers: dict[str, Marker]) -> dict[str, Marker]:
     """Markers of units in the order of the recipe's sources, so that an appended source comes last."""
     place = {source.name: i for i, source in enumerate(recipe.sources)}
     return dict(sorted(markers.items(), key=lambda m: (place[m[0].rpartition("-")[0]], m[0])))
+
+
+_PUBLISHED = ("unit", "row", "uid", "width", "height", "source_width", "source_height", "license", "optout_reason")
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,7 @@ class Ingested:
 
 class IngestStage(RowStage):
     name = "ingest"
-    version = "1"
+    version = "2"
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -120,7 +136,7 @@ class IngestStage(RowStage):
             "ready": "",
         }
         members = {"jpg": image.data} | ({"depth.png": depth} if depth else {})
-        return Ingested(members, _inherited(row) | _geometry(image) | columns)
+        return Ingested(members, _inherited(row, row.image) | _geometry(image) | columns)
 
     def _ready(self, row: ReadySample) -> Ingested:
         kinds = STREAMS[row.stream].image_members
@@ -134,7 +150,8 @@ class IngestStage(RowStage):
         }
         columns = {"captions": Captions().model_dump(), "entities": "[]", "ready": json.dumps(ready)}
         target = images[kinds[len(row.inputs)]]
-        return Ingested({m: i.data for m, i in images.items()}, _inherited(row) | _geometry(target) | columns)
+        inherited = _inherited(row, *row.inputs, row.output)
+        return Ingested({m: i.data for m, i in images.items()}, inherited | _geometry(target) | columns)
 
     def _normalise(self, data: bytes, declared: str, lossless: bool = False) -> Normalised:
         limits = self.recipe.ingest
@@ -147,8 +164,12 @@ class IngestStage(RowStage):
         )
 
 
-def _inherited(row: SourceRow | ReadySample) -> dict[str, Any]:
-    return {n: getattr(row, n) for n in ("scene_id", "license", "license_url", "author", "source_url", "optout")}
+def _inherited(row: SourceRow | ReadySample, *files: bytes) -> dict[str, Any]:
+    """Provenance; files may opt out themselves."""
+    reasons = filter(None, (row.optout_reason, *map(embedded_optout, files)))
+    reason = next(reasons, "")
+    text = {n: getattr(row, n) for n in ("scene_id", "license", "license_url", "author", "source_url")}
+    return text | {"optout": bool(reason), "optout_reason": reason}
 
 
 def _geometry(image: Normalised) -> dict[str, Any]:
@@ -187,6 +208,8 @@ class ImageWriter:
             self._tar.write(END_OF_ARCHIVE)
         self._stack.__exit__(*error)
         if error[0] is None:
-            self.corpus.write_table(images_path(self.unit), pa.Table.from_pylist(self._rows, IMAGES))
-            for name in (tar_path(self.unit), images_path(self.unit)):
+            images = pa.Table.from_pylist(self._rows, IMAGES)
+            self.corpus.write_table(images_path(self.unit), images)
+            self.corpus.write_table(scores_path(IngestStage.name, self.unit), images.select(_PUBLISHED))
+            for name in (tar_path(self.unit), images_path(self.unit), scores_path(IngestStage.name, self.unit)):
                 self.outputs[name] = describe(self.corpus, name)

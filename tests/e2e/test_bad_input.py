@@ -58,7 +58,7 @@ def corpus(sources):
             {"name": "tars", "type": "webdataset", "path": str(sources / "tars")},
         ],
         "ingest": {"unit_rows": 10},
-        "decide": {"min_side": 100},
+        "decide": {"filters": [{"column": "min_side", "min": 100}]},
         "build": {"captions": {}, "restoration": {"per_image": 2, "min_side": 64}},
     }
     folder = Folder(str(sources / "corpus"))

@@ -73,7 +73,7 @@ def test_a_new_threshold_rebuilds_only_the_units_it_changes(corpus):
     ]
     widest = max(max(unit) for unit in aspects)
     changed = {f"photos-00000{i}" for i, unit in enumerate(aspects) if max(unit) == widest}
-    corpus.recipe["decide"]["max_aspect"] = widest - 0.001
+    corpus.recipe["decide"]["filters"] = [{"column": "aspect", "max": widest - 0.001}]
     ran = corpus.build()
     assert ran["ingest"] == set() and ran["decide"] == {"all"} and ran["build"] == changed
 

@@ -52,7 +52,7 @@ def test_every_kind_has_its_outcome(case: Case) -> None:
     assert result.changes == case.changes
     assert decode_rgb(result.data).shape == (result.height, result.width, 3)
     untouched = set(case.changes) <= {"mislabelled"}
-    assert (result.data is case.data) == untouched
+    assert (result.data == case.data) == untouched
     assert normalise(result.data, BIG).changes == ()  # nothing is left to do
 
 
@@ -113,7 +113,9 @@ def test_a_profile_is_converted_to_srgb_as_the_formulas_say() -> None:
 )
 def test_an_srgb_profile_changes_nothing(profile: bytes) -> None:
     data = encode(photo(), "JPEG", icc_profile=profile)
-    assert normalise(data, BIG).data is data
+    result = normalise(data, BIG)
+    assert result.changes == ("metadata_removed",)
+    assert np.array_equal(decode_rgb(result.data), decode_rgb(data))
 
 
 def test_a_broken_or_foreign_profile_is_ignored_and_noted() -> None:
@@ -169,7 +171,7 @@ def test_a_bomb_is_refused_by_its_header(name: str) -> None:
 
 def test_the_limit_on_source_pixels_is_exact() -> None:
     data = jpeg()
-    assert normalise(data, BIG, max_source_pixels=160 * 112).data is data
+    assert normalise(data, BIG, max_source_pixels=160 * 112).data == data
     with pytest.raises(BadImage, match="too_many_pixels"):
         normalise(data, BIG, max_source_pixels=160 * 112 - 1)
 
@@ -216,7 +218,7 @@ def test_damaged_metadata_is_no_reason_to_warn_or_to_fail() -> None:
     """In a process of its own, with every warning an error: pytest resets the filters for each test."""
     damaged = encode(photo(), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09" + bytes(20))
     code = "import sys; from pipelines.images import normalise; d = sys.stdin.buffer.read(); "
-    code += "assert normalise(d, 1 << 20).data is d"
+    code += "assert normalise(d, 1 << 20).changes == ('metadata_removed',)"
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", code], check=False, input=damaged, capture_output=True
     )
@@ -337,7 +339,7 @@ def test_maps_stay_lossless(name: str) -> None:
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     assert result.data.startswith(b"\x89PNG")
     assert np.array_equal(decode_rgb(result.data), expected)
-    assert normalise(result.data, BIG, lossless=True).data is result.data
+    assert normalise(result.data, BIG, lossless=True).data == result.data
 
 
 def test_encoded_pixels_are_those_of_the_codec() -> None:

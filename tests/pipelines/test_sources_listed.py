@@ -114,7 +114,7 @@ def test_manifest_rows_carry_everything_and_bad_ones_their_reason(images: Folder
         "alt": "IMG_1",
         "tags": "cat, tabby",
     }
-    assert (full.license, full.author, full.scene_id, full.optout) == ("CC0-1.0", "Ann", "17", True)
+    assert (full.license, full.author, full.scene_id, full.optout_reason) == ("CC0-1.0", "Ann", "17", "row")
     assert (full.license_url, full.source_url) == ("https://example.org/cc0", "https://example.org/cat")
     by_runs, by_polygon, by_file, boxed = full.entities
     assert boxed.mask == {}

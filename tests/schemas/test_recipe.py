@@ -9,7 +9,12 @@ class BlurParams(BaseModel):
     radius: int = 3
 
 
-MODEL = recipe_model({"blur": BlurParams})
+class SharpnessParams(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    side: int = 512
+
+
+MODEL = recipe_model({"blur": BlurParams}, {"sharpness": SharpnessParams})
 GOOD = """\
 name: demo
 seed: 7
@@ -31,6 +36,25 @@ def test_a_recipe_is_typed_down_to_the_builders():
     assert recipe.pack.shard_bytes == 8 << 20
     again = MODEL.model_validate(recipe.model_dump(mode="json"))
     assert again.model_dump() == recipe.model_dump()
+
+
+def test_scorers_are_typed_as_builders_are():
+    assert parse_recipe(GOOD, MODEL).scorers() == {}
+    assert parse_recipe(GOOD + "score:\n", MODEL).scorers() == {}
+    assert parse_recipe(GOOD + "score: {sharpness: }\n", MODEL).scorers() == {"sharpness": SharpnessParams()}
+    with pytest.raises(RecipeError, match=r"recipe:14: score.sharpness.sied: unknown key; did you mean 'side'"):
+        parse_recipe(GOOD + "score:\n  sharpness:\n    sied: 3\n", MODEL)
+    with pytest.raises(RecipeError, match=r"recipe:12: score: "):
+        parse_recipe(GOOD + "score: [sharpness]\n", MODEL)
+
+
+def test_later_checks_name_lines_too():
+    recipe = parse_recipe(GOOD + "score:\n  sharpness:\n    side: 3\n", MODEL, "demo.yaml")
+    assert str(recipe.error(("score", "sharpness", "side"), "odd")) == "demo.yaml:14: score.sharpness.side: odd"
+    # What stands nowhere is found at the innermost key that does.
+    assert str(recipe.error(("score", "sharpness", "model"), "absent")) == "demo.yaml:13: score.sharpness: absent"
+    made = MODEL.model_validate(recipe.model_dump())
+    assert str(made.error(("score", "sharpness", "side"), "odd")) == "recipe: score.sharpness.side: odd"
 
 
 def test_a_builder_with_nothing_behind_it_takes_its_defaults():
