@@ -68,7 +68,7 @@ class _Layout(Detector):
         table = np.array([(0, 0, 0), *(COLOURS[colour] for _, colour in legend)], np.uint8)
         table[~seen] = 0
         named = [f"{colour} for {name}" for i, (name, colour) in enumerate(legend, start=1) if seen[i]]
-        return ConditionMap(table[index], params, {"names": float(len(named))}, {"legend": _enumerate(named)})
+        return ConditionMap(table[index], params, {"names": float(len(named))}, {"legend": enumerate_words(named)})
 
 
 class Boxes(_Layout):
@@ -177,5 +177,6 @@ def _box_area(entity: Entity) -> float:
     return (x1 - x0) * (y1 - y0)
 
 
-def _enumerate(parts: list[str]) -> str:
+def enumerate_words(parts: Sequence[str]) -> str:
+    """`["a", "b", "c"]` as "a, b and c"."""
     return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))

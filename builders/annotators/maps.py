@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 
 from builders.base import Rejected
+from schemas.records import Op
 
 Params = dict[str, Any]
 Limits = Mapping[str, tuple[float, float]]
@@ -45,12 +46,14 @@ class ConditionMap:
 class Detector(ABC):
     """One kind of map: `detector(pixels, rng)` draws parameters, renders and gates.
 
-    `limits` are inclusive bounds on the stats of a map. `missing` is why no map can be made at all, or "".
+    `limits` are inclusive bounds on the stats of a map. `missing` is why no map can be made at all, or "". `made_by` is
+    the annotator of the artefact from which the map is drawn, if there is one.
     """
 
     name: ClassVar[str]
     limits: ClassVar[Limits] = {}
     missing: str = ""
+    made_by: Op | None = None
 
     @property
     def version(self) -> str:
@@ -98,10 +101,10 @@ class Canny(Detector):
     def render(self, pixels: np.ndarray, params: Params) -> ConditionMap:
         # Replication is also how Canny itself continues an image, so the padding makes no edges.
         padded, resolution = _pad_to_64(pixels, 0, cv2.BORDER_REPLICATE)
-        detector = _controlnet_aux().CannyDetector()
+        detector = controlnet_aux().CannyDetector()
         edges = detector(padded, detect_resolution=resolution, image_resolution=resolution, **params)
         image = _crop(edges, pixels)
-        return ConditionMap(image, params, _line_density(image))
+        return ConditionMap(image, params, line_density(image))
 
 
 class Lineart(Detector):
@@ -124,7 +127,7 @@ class Lineart(Detector):
         padded, resolution = _pad_to_64(pixels, radius, cv2.BORDER_REFLECT_101)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # the median of no line at all: a gate tells
-            ink = _controlnet_aux().LineartStandardDetector()(
+            ink = controlnet_aux().LineartStandardDetector()(
                 padded, detect_resolution=resolution, output_type="np", **params
             )
         image = _crop(ink, pixels)
@@ -147,7 +150,7 @@ class Lines(Detector):
         ends = ends[lengths >= params["min_length"] * min(pixels.shape[:2])]
         image = np.zeros(pixels.shape[:2], np.uint8)
         cv2.polylines(image, list(np.rint(ends).astype(np.int32)), False, 255)
-        return ConditionMap(image, params, {"segments": float(len(ends)), **_line_density(image)})
+        return ConditionMap(image, params, {"segments": float(len(ends)), **line_density(image)})
 
 
 class Luminance(Detector):
@@ -180,13 +183,14 @@ class Palette(Detector):
 
 
 class Depth(Detector):
-    """The source's own depth as gray values: white is near, black is far or unknown."""
+    """Depth as gray values: white is near, black is far or unknown."""
 
     name = "depth"
     limits: ClassVar[Limits] = {"range": (0.2, math.inf), "known": (0.7, 1.0)}
 
-    def __init__(self, inverse_depth: np.ndarray | None) -> None:
+    def __init__(self, inverse_depth: np.ndarray | None, made_by: Op | None = None) -> None:
         """`inverse_depth` is uint16 [H, W]: larger is nearer, 0 is unknown."""
+        self.made_by = made_by
         self.inverse_depth = np.zeros((1, 1), np.uint16) if inverse_depth is None else inverse_depth
         self.missing = "" if self.inverse_depth.any() else "no_depth"
 
@@ -215,7 +219,7 @@ def _outside(limits: Limits, stats: Mapping[str, float]) -> Rejected | None:
     return None
 
 
-def _line_density(image: np.ndarray) -> dict[str, float]:
+def line_density(image: np.ndarray) -> dict[str, float]:
     """Share of line pixels, and what it would be at 512 px: lines one pixel wide cover less of a larger photo."""
     density = share(image > 0)
     return {"density": density, "density_at_512": density * min(image.shape) / 512}
@@ -242,11 +246,11 @@ def _crop(rendered: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 
 
 def _controlnet_aux_version() -> str:
-    return f"controlnet_aux {_controlnet_aux().__version__}, opencv {cv2.__version__}"
+    return f"controlnet_aux {controlnet_aux().__version__}, opencv {cv2.__version__}"
 
 
 @cache
-def _controlnet_aux() -> ModuleType:
+def controlnet_aux() -> ModuleType:
     """The library, imported on first use: it loads torch and all its detectors, and warns about parts not installed.
 
     Raises:
@@ -258,6 +262,6 @@ def _controlnet_aux() -> ModuleType:
             import controlnet_aux
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            "canny and lineart need controlnet_aux: pip install controlnet_aux, and uninstall mediapipe"
+            "this map needs controlnet_aux: pip install controlnet_aux, and uninstall mediapipe"
         ) from error
     return controlnet_aux

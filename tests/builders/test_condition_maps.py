@@ -4,22 +4,34 @@ import json
 import re
 from functools import cache
 
+import cv2
 import numpy as np
 import pytest
 import skimage.data
 from PIL import Image
 from pydantic import ValidationError
 
+from builders.annotators.annotator import Artefact
 from builders.annotators.maps import Palette
+from builders.annotators.normals import encode_normals, normals_from_depth
 from builders.base import Rejected, SourceImage
 from builders.colours import COLOURS
-from builders.condition_maps import ENTITY_MAPS, MAPS, TARGET_ONLY, ConditionMaps, ConditionMapsParams
+from builders.condition_maps import (
+    ANNOTATED_MAPS,
+    ENTITY_MAPS,
+    KINDS,
+    MAPS,
+    TARGET_ONLY,
+    WEIGHT_FREE_MAPS,
+    ConditionMaps,
+    ConditionMapsParams,
+)
 from builders.templates import load_templates
 from schemas.codec import decode_raw, decode_rgb, encode_jpeg, encode_png
 from schemas.identity import generator, uid_of
 from schemas.instructions import lint_instruction, placeholder
 from schemas.masks import encode_rle
-from schemas.records import Captions, Entity, ImageRecord
+from schemas.records import Captions, Entity, ImageRecord, Op
 from schemas.vocabulary import STREAMS
 
 CUP = np.zeros((401, 599), bool)
@@ -41,6 +53,8 @@ WORDS = {
     "target": "every brown dog",
     "pronoun": "them",
     "colour": "translucent blue",
+    "method": "PiDiNet",
+    "conditions": f"the depth map {placeholder(1)} and the boxes {placeholder(2)} ({LEGEND})",
 }
 # The strings that OmniGen's paper, data and demo use, with its placeholder written {image}.
 OFFICIAL = {
@@ -57,17 +71,43 @@ OFFICIAL = {
 
 
 @cache
+def artefacts():
+    """What the annotators of the maps store, for `source`."""
+    pixels = np.pad(skimage.data.coffee(), ((0, 1), (0, 0), (0, 0)), mode="edge")[:, :599]
+    drawing = encode_png(cv2.Canny(pixels, 100, 200))
+    ids = np.zeros((401, 599), np.uint8)
+    ids[200:], ids[CUP], ids[SPOON] = 1, 7, 3
+    segments = [{"id": i, "label": label, "class_id": i} for i, label in ((1, "table"), (3, "spoon"), (7, "cup"))]
+    ends = cv2.createLineSegmentDetector().detect(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0].reshape(-1, 4)
+    person = [[20.0 + 29 * i, 40.0 + 300 * (i % 2), 0.9] for i in range(18)]
+    normals = encode_normals(normals_from_depth(decode_raw(depth_png()), 55, 2))
+
+    def artefact(name, members=None, params="{}", **data):
+        op = Op(name=f"annotate:{name}", version="1", model=f"org/{name}", revision="a" * 40, params=params)
+        return Artefact({**data, "op": op.model_dump(mode="json")}, members or {})
+
+    drawings = {name: artefact(name, {f"{name}.png": drawing}) for name in ("lineart_realistic", "lineart_anime")}
+    return drawings | {
+        "edges": artefact("edges", {"edges.png": drawing}, '{"detector": "pidinet"}'),
+        "mlsd": artefact("mlsd", lines=ends.tolist()),
+        "normal": artefact("normal", {"normal.png": encode_png(normals)}),
+        "semantic": artefact("semantic", {"semantic.png": encode_png(ids)}, segments=segments),
+        "pose": artefact("pose", people=[{"keypoints": person}]),
+    }
+
+
+@cache
 def source(captions=CAPTIONS, entities=ENTITIES, depth_png=b""):
     pixels = np.pad(skimage.data.coffee(), ((0, 1), (0, 0), (0, 0)), mode="edge")[:, :599]
     jpeg = encode_jpeg(pixels)
     record = ImageRecord(uid=uid_of(jpeg), width=599, height=401, captions=captions, entities=entities, license="CC0")
-    return SourceImage(record, jpeg, depth_png)
+    return SourceImage(record, jpeg, depth_png, artefacts())
 
 
 @cache
 def depth_png():
-    ramp = np.tile(np.linspace(100, 60000, 599).astype(np.uint16), (401, 1))
-    return encode_png(ramp)
+    ramp = np.linspace(2000, 60000, 599) + 1500 * np.sin(np.arange(401) / 20)[:, None]  # one plane has one normal
+    return encode_png(ramp.astype(np.uint16))
 
 
 def build(name, image=None, seed=0, **params):
@@ -140,7 +180,8 @@ def test_every_direction_has_ten_clean_templates(name):
             assert lint_instruction(filled, 1) == []
             assert not re.search(r"[{}]|  |\.\.|\s[.,:;?]", filled), filled
             assert ("{caption}" in text) == direction.endswith("captioned")
-            assert ("{legend}" in text) == (name in ("boxes", "segmentation"))
+            assert ("{legend}" in text) == (name in ("boxes", "segmentation", "semantic"))
+            assert ("{method}" in text) == (name == "edges")
             assert ("{colour}" in text) == (name in TARGET_ONLY)
     assert {key for key in templates if key.rsplit("_control")[0].rsplit("_perceive")[0] == name} == {
         f"{name}_{direction}" for direction in wanted
@@ -163,14 +204,14 @@ def test_a_caption_is_used_where_there_is_one():
         assert bare.template_id.startswith("condition_maps/canny_control/")
 
 
-@pytest.mark.parametrize("name", ["boxes", "segmentation"])
+@pytest.mark.parametrize("name", ["boxes", "segmentation", "semantic"])
 def test_the_instruction_names_the_colours_of_the_map(name):
     for seed in range(5):
         for sample in build(name, seed=seed):
             png = next(data for member, data in sample.images.items() if member.endswith("png"))
             painted = {colour for _, colour in Image.fromarray(decode_rgb(png)).getcolors()}
-            named = re.findall(r"(\w+) for (?:cup|spoon)", sample.record.instruction)
-            assert len(named) == 2
+            named = re.findall(r"(\w+) for (?:cup|spoon|table)", sample.record.instruction)
+            assert len(named) == (3 if name == "semantic" else 2)
             assert painted == {(0, 0, 0), *(COLOURS[colour] for colour in named)}
 
 
@@ -184,7 +225,7 @@ def test_refusals_are_passed_on():
 def test_attempts_are_maps_that_the_record_allows():
     builder = ConditionMaps(ConditionMapsParams(per_image=20))
     everything = builder.attempts(source().record, np.random.default_rng(0))
-    assert sorted(everything) == sorted(set(MAPS) - {"depth"})
+    assert sorted(everything) == sorted({*WEIGHT_FREE_MAPS, *ENTITY_MAPS})
     without_entities = builder.attempts(source(entities=()).record, np.random.default_rng(0))
     assert not set(without_entities) & set(ENTITY_MAPS)
 
@@ -195,6 +236,81 @@ def test_attempts_follow_the_weights():
     assert 0.68 < sum(names == ["canny"] for names in drawn) / 400 < 0.82
     only = ConditionMaps(ConditionMapsParams(maps=["referring"], directions=["control"]))
     assert only.attempts(source().record, np.random.default_rng(0)) == []
+
+
+TOGETHER = ["canny+depth", "palette+normal+pose", "semantic+edges+palette", "boxes+luminance"]
+
+
+@pytest.mark.parametrize("attempt", TOGETHER)
+def test_several_maps_go_into_one_sample(attempt):
+    names = attempt.split("+")
+    image = source(depth_png=depth_png())
+    (sample,) = build(attempt, image, seed=3)
+    record = sample.record
+    assert record.stream == f"control_{len(names)}" and record.subtask == "together"
+    assert tuple(sample.images) == STREAMS[record.stream].image_members
+    assert sample.images["output.jpg"] == image.jpeg
+    assert record.input_roles == tuple(f"condition:{name}" for name in names)
+    assert [op.name for op in record.ops] == [f"map:{name}" for name in names]
+    nouns = load_templates("condition_nouns")
+    for i, name in enumerate(names, start=1):
+        before = record.instruction.partition(placeholder(i))[0]
+        assert any(before.endswith(noun.partition("{image}")[0].format(**WORDS)) for noun in nouns[name])
+    for text in (record.instruction, *record.instruction_variants):
+        assert lint_instruction(text, len(names)) == []
+    assert build(attempt, image, seed=3)[0].members == sample.members
+
+
+def test_together_templates_are_clean():
+    templates = load_templates("condition_maps")
+    for name in ("together_control", "together_control_captioned"):
+        assert len(set(templates[name])) == len(templates[name]) >= 10
+        for text in templates[name]:
+            assert text.count("{conditions}") == 1 and "{image" not in text
+            assert ("{caption}" in text) == name.endswith("captioned")
+            filled = text.format(**WORDS)
+            assert lint_instruction(filled, 2) == []
+            assert not re.search(r"[{}]|  |\.\.|\s[.,:;?]", filled), filled
+    nouns = load_templates("condition_nouns")
+    assert set(nouns) == set(MAPS) - set(TARGET_ONLY)
+    for name, phrases in nouns.items():
+        assert len(set(phrases)) == len(phrases) >= 3
+        assert all(noun.count("{image}") == 1 for noun in phrases)
+        assert all(("{legend}" in noun) == (name in ("boxes", "segmentation", "semantic")) for noun in phrases)
+
+
+def test_a_refused_map_refuses_the_sample_and_is_named():
+    assert build("canny+depth", source()) == Rejected("no_depth", detail="depth")
+
+
+def test_maps_of_one_sample_differ_in_kind():
+    maps = [name for name in MAPS if name not in TARGET_ONLY]
+    builder = ConditionMaps(ConditionMapsParams(maps=maps, per_image=1, together=[2, 3]))
+    for seed in range(50):
+        _, two, three = builder.attempts(source().record, np.random.default_rng(seed))
+        for attempt, count in ((two, 2), (three, 3)):
+            names = attempt.split("+")
+            assert len({KINDS.get(name, name) for name in names}) == len(names) == count
+
+
+def test_maps_from_artefacts_name_their_model():
+    image = source(depth_png=depth_png())
+    for name in ANNOTATED_MAPS:
+        op = build(name, image)[0].record.ops[-1]
+        assert (op.name, op.model, op.revision) == (f"map:{name}", f"org/{name}", "a" * 40)
+        assert "annotator" in json.loads(op.params)
+
+
+def test_annotators_that_a_recipe_needs():
+    maps = ["canny", "depth", "normal", "pose", "edges"]
+    assert ConditionMaps(ConditionMapsParams(maps=maps)).required_annotators() == {"pose", "edges"}
+    assert ConditionMaps(ConditionMapsParams()).required_annotators() == frozenset()
+
+
+@pytest.mark.parametrize("name", sorted(ANNOTATED_MAPS))
+def test_without_its_artefact_there_is_no_map(name):
+    bare = SourceImage(source().record, source().jpeg)
+    assert build(name, bare) == Rejected(f"no_{name}")
 
 
 def test_directions_can_be_chosen():
@@ -208,6 +324,10 @@ def test_directions_can_be_chosen():
         ({"maps": {"canny": 0}}, "greater than 0"),
         ({"maps": []}, "at least 1"),
         ({"map": ["canny"]}, "Extra inputs"),
+        ({"together": [4]}, "Input should be 2 or 3"),
+        ({"together": [2, 2]}, "can be given once"),
+        ({"maps": ["canny", "lines", "luminance"], "together": [2]}, "at most 1 differ in kind"),
+        ({"together": [2], "directions": ["perceive"]}, "not among the directions"),
     ],
 )
 def test_wrong_recipes_are_named(params, message):
