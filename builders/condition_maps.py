@@ -114,9 +114,7 @@ class _Made:
         detector, made_by = self.detector, self.detector.made_by
         if made_by is None:
             return Op.of(f"map:{detector.name}", detector.version, **self.found.params)
-        op = Op.of(
-            f"map:{detector.name}", detector.version, **self.found.params, annotator=json.loads(made_by.params)
-        )
+        op = Op.of(f"map:{detector.name}", detector.version, **self.found.params, annotator=json.loads(made_by.params))
         return op.model_copy(update={"model": made_by.model, "revision": made_by.revision})
 
 

@@ -321,7 +321,7 @@ def _map_on_ray(tasks: list[Task], arguments: str, workers: int, num_gpus: float
         _run_batch,  # type: ignore[arg-type]  # Ray's stubs do not know of fn_kwargs
         fn_kwargs={"arguments": arguments},
         batch_size=None,
-        compute=ray.data.TaskPoolStrategy(size=workers),
+        compute=ray.data.TaskPoolStrategy(size=min(workers, len(tasks))),
         num_cpus=1,
         num_gpus=num_gpus or None,
     )

@@ -10,7 +10,6 @@ import pyarrow as pa
 
 from builders.annotators.registry import ANNOTATORS
 from builders.registry import BUILDERS
-from filters.models import ModelMissing
 from filters.scorers.registry import SCORERS
 from schemas.arrow import IMAGES
 from schemas.decide import EmbeddingList, PHashList
@@ -43,17 +42,10 @@ def load(path: str | Path) -> Recipe:
 
 
 def columns_of(recipe: Recipe) -> dict[str, pa.DataType]:
-    """Every column that `decide` can judge by: of the images, derived from them, and of the recipe's scorers.
-
-    Raises:
-        RecipeError: the size of an embedding is asked of a model that is missing.
-    """
+    """Every column that `decide` can judge by: of the images, derived from them, and of the recipe's scorers."""
     columns = {name: IMAGES.field(name).type for name in _OF_IMAGES} | _DERIVED
     for name, params in recipe.scorers().items():
-        try:
-            columns |= SCORERS[name](params).columns
-        except ModelMissing as error:
-            raise recipe.error(("score", name, error.parameter), error.message) from error
+        columns |= SCORERS[name](params).columns
     return columns
 
 

@@ -32,6 +32,22 @@ class Inpainter(Protocol):
         """
 
 
+class Editor(Protocol):
+    """Changes a picture as an instruction says."""
+
+    def edit(self, image: np.ndarray, instruction: str, rng: np.random.Generator) -> np.ndarray:
+        """Follow an instruction.
+
+        Args:
+            image: uint8 RGB [H, W, 3].
+            instruction: one plain sentence.
+            rng: the only source of randomness.
+
+        Returns:
+            uint8 RGB [H, W, 3]. Any pixel may differ: callers of local edits paste the original ones back.
+        """
+
+
 class BoxSegmenter(Protocol):
     """Finds the thing in a box."""
 

@@ -18,9 +18,8 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from filters.models import Checkpoint, Choice, device_of, dtype_of, inference
+from filters.models import Checkpoint, Choice, ModelMissing, device_of, dtype_of, inference
 from schemas.models import ModelParams
-
 
 INDEX = "model_index.json"
 EDITORS = (
@@ -76,9 +75,9 @@ class EditorParams(DiffusionParams):
 class _Diffusion(ABC):
     """A pipeline on its device, and the options with which it is called."""
 
-    def __init__(self, params: DiffusionParams, parameter: str = "model") -> None:
+    def __init__(self, params: DiffusionParams) -> None:
         self.params = params
-        self.checkpoint = Checkpoint(params, parameter)
+        self.checkpoint = Checkpoint(params)
 
     @property
     def name(self) -> str:
@@ -135,7 +134,7 @@ class _Diffusion(ABC):
         for setting, value in self._settings.items():
             option = spelled.get(setting, setting)
             if value is not None and option not in accepted:
-                raise self.checkpoint.missing(f"a {name} has no {setting}; leave it out")
+                raise ModelMissing(setting, f"{self.params.model!r} is a {name}, which has no {setting}; leave it out")
             if value is not None:
                 options[option] = value
         # Qwen-Image ignores its guidance unless there is something to be guided away from.
@@ -144,8 +143,10 @@ class _Diffusion(ABC):
     @cached_property
     def _pipeline(self) -> Any:
         from diffusers.utils import logging
+        from transformers.utils import logging as transformers_logging
 
-        logging.disable_progress_bar()  # one bar per worker would bury the job's own progress
+        for library in (logging, transformers_logging):
+            library.disable_progress_bar()  # one bar per worker would bury the job's own progress
         params, checkpoint = self.params, self.checkpoint
         try:
             pipeline = self._pipeline_class.from_pretrained(
@@ -161,9 +162,7 @@ class _Diffusion(ABC):
 
     def _fitting(self, height: int, width: int) -> tuple[int, int]:
         """(width, height) at which the model sees a picture: multiples of 16, about the same shape."""
-        is_small = self._pipeline_class.__name__.startswith("StableDiffusion") and not re.match(
-            "StableDiffusion(XL|3)", self._pipeline_class.__name__
-        )
+        is_small = re.match("StableDiffusion(?!XL|3)", self._pipeline_class.__name__)
         side = self.params.resolution or (512 if is_small else 1024)
         scale = side / math.sqrt(height * width)
         fitted = (max(_MULTIPLE, round(scale * x / _MULTIPLE) * _MULTIPLE) for x in (width, height))
@@ -246,12 +245,12 @@ class DiffusersInpainter(_Diffusion):
 
 
 class InstructionEditor(_Diffusion):
-    """InstructPix2Pix, FLUX.1 Kontext or Qwen-Image-Edit."""
+    """`Editor` (see `builders.annotators.base`): InstructPix2Pix, FLUX.1 Kontext or Qwen-Image-Edit."""
 
     params: EditorParams
 
     def edit(self, image: np.ndarray, instruction: str, rng: np.random.Generator) -> np.ndarray:
-        """The uint8 RGB image [H, W, 3] after the instruction, in the same size. Any of its pixels may differ.
+        """See `Editor`.
 
         Raises:
             EditRefused: by the model's safety checker.

@@ -87,9 +87,7 @@ class Owl(Grounder):
         return [
             [
                 Found(own[label], tuple(box), score)
-                for box, label, score in zip(
-                    *(result[k].tolist() for k in ("boxes", "labels", "scores")), strict=True
-                )
+                for box, label, score in zip(*(result[k].tolist() for k in ("boxes", "labels", "scores")), strict=True)
                 if own[label]
             ]
             for result, own in zip(results, padded, strict=True)

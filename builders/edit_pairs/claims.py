@@ -22,11 +22,12 @@ _CLEAR_EDGE = 5.0  # CIE76 colour difference across an outline: below it, there 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a claim measured, and the slug of the fault if it does not hold."""
+    """What a claim measured, and the slug of the fault if it does not hold; `said` is what a judge wrote."""
 
     scores: Scores
     fault: str = ""
     value: float = 0.0
+    said: str = ""
 
 
 class Claim(ABC):

@@ -22,6 +22,20 @@ class Wording:
 
 
 @dataclass(frozen=True)
+class Presence:
+    """A thing that comes or goes: it is in one picture of a pair and not in the other.
+
+    Args:
+        name: what a detector is to look for.
+        region: boolean [H, W], where it is.
+    """
+
+    name: str
+    region: np.ndarray = field(repr=False)
+    in_target: bool
+
+
+@dataclass(frozen=True)
 class Edit:
     """One edit of a photograph, before it is judged.
 
@@ -35,6 +49,9 @@ class Edit:
         source: the picture before the edit where that is not the photograph; uint8 RGB [H, W, 3].
         scores: what was measured on the way.
         in_place: whether what is outside of the mask, or the whole picture, stays where it was.
+        presences: things that come or go, for a detector to check.
+        captions: of the edited part before and after, for CLIP; None if there are no words for the difference.
+        model: `model` and `revision` of the model that made the new pixels; empty if none did.
     """
 
     pixels: np.ndarray
@@ -47,6 +64,9 @@ class Edit:
     source: np.ndarray | None = None
     scores: dict[str, float] = field(default_factory=dict)
     in_place: bool = True
+    presences: tuple[Presence, ...] = ()
+    captions: tuple[str, str] | None = None
+    model: dict[str, str] = field(default_factory=dict)
 
 
 def paste(pixels: np.ndarray, edited: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

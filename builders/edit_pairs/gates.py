@@ -15,7 +15,8 @@ from pydantic import Field
 
 from builders.alignment import MAX_SHIFT, PairMeasure, measure_pair
 from builders.base import BuilderParams, Rejected
-from builders.edit_pairs.claims import Claim
+from builders.edit_pairs.claims import Claim, Finding
+from builders.edit_pairs.model_gates import DirectionParams, JudgeParams, RecheckParams
 
 BLOCK = 8  # JPEG's
 _CHANGED = 8  # of 255: what is visible side by side
@@ -30,21 +31,33 @@ class EditGates(BuilderParams):
         leak: largest share of the 8x8 blocks without any pixel of the mask that decode differently.
         surroundings: how far the colours around a hole may be from a smooth gradient (CIE76), for it to be filled
             without a model.
+        recheck: a detector that looks for what was removed or put in.
+        clip: a CLIP model that compares the change of the picture with the change of its caption.
+        judge: a vision-language model that rates every pair.
     """
 
     change: float = Field(default=6.0, ge=0)
     changed_share: float = Field(default=0.35, ge=0, le=1)
     leak: float = Field(default=0.0, ge=0, le=1)
     surroundings: float = Field(default=6.5, gt=0)
+    recheck: RecheckParams | None = None
+    clip: DirectionParams | None = None
+    judge: JudgeParams | None = None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was measured on a pair, and why it is refused, if it is."""
+    """What was measured on a pair, and why it is refused, if it is. `said` is what a judge wrote about it."""
 
     measure: PairMeasure | None
     scores: dict[str, float]
     rejected: Rejected | None
+    said: str = ""
+
+    def with_finding(self, finding: Finding) -> Verdict:
+        """The verdict after one more finding."""
+        rejected = Rejected(finding.fault, finding.value) if finding.fault else self.rejected
+        return Verdict(self.measure, self.scores | finding.scores, rejected, finding.said or self.said)
 
 
 def judge(

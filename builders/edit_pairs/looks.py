@@ -23,7 +23,7 @@ from builders.edit_pairs.colour import (
 )
 from builders.edit_pairs.edit import Edit, Wording, matte, paste
 from builders.edit_pairs.scene import Scene
-from builders.edit_pairs.things import Thing
+from builders.edit_pairs.things import Thing, with_article
 
 _ONE_COLOUR = 0.6  # share of a thing's pixels of one colour name, for it to be of that colour
 _LEAST_SHIFT = 8.0  # CIE units
@@ -61,6 +61,9 @@ def _recolor(scene: Scene, thing: Thing, rng: np.random.Generator) -> Edit | Rej
         Wording("recolor", {"thing": f"the {thing.plain}", "colour": before}) if thing.plain and before else None,
         claims=(Coloured(thing.mask, colour), *thing.placed),
         params={"thing": thing.name, "mask": thing.origin, "colour": colour, "before": before},
+        captions=(f"a photo of {with_article(thing.plain)}", f"a photo of a {colour} {thing.plain}")
+        if thing.plain
+        else None,
     )
 
 
@@ -106,10 +109,15 @@ def background(scene: Scene, rng: np.random.Generator) -> Edit | Rejected:
     return scene.edit_thing(
         rng,
         lambda thing: _background(scene, thing, rng),
-        fits=lambda t: (
-            t.area >= _LEAST_SUBJECT and float(np.median(outline_contrast(scene.pixels, t.mask))) >= _CLEAN_OUTLINE
-        ),
+        fits=lambda t: stands_out(scene, t),
     )
+
+
+def stands_out(scene: Scene, thing: Thing) -> bool:
+    """Whether a thing is large, and its outline clear enough, for everything around it to become something else."""
+    if thing.area < _LEAST_SUBJECT:
+        return False
+    return float(np.median(outline_contrast(scene.pixels, thing.mask))) >= _CLEAN_OUTLINE
 
 
 def _background(scene: Scene, thing: Thing, rng: np.random.Generator) -> Edit | Rejected:

@@ -1,7 +1,7 @@
 """Edits that take a thing out of its place: remove, move, resize, flip.
 
-The hole is filled from its surroundings, so these edits are made only where the surroundings are even. Things on which
-something stands, and persons, stay where they are.
+Without a model, the hole is filled from its surroundings, so these edits are made only where the surroundings are even.
+Things on which something stands, and persons, stay where they are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from builders.annotators.inpaint import continue_smoothly
 from builders.base import Rejected
 from builders.edit_pairs.claims import Mirrored, Moved, Seamless, Visible
-from builders.edit_pairs.edit import Edit, Wording, fade_in, grow, matte, paste, shrink
+from builders.edit_pairs.edit import Edit, Presence, Wording, fade_in, grow, matte, paste, shrink
 from builders.edit_pairs.scene import Scene
 from builders.edit_pairs.things import Thing, place_of, with_article
 
@@ -48,6 +48,9 @@ def _remove(scene: Scene, thing: Thing, rng: np.random.Generator) -> Edit | Reje
         claims=(Visible(thing.mask, in_target=False), Seamless(hole), *placed, *thing.placed),
         params={"thing": thing.name, "mask": thing.origin, "inpainter": scene.inpainter.name},
         scores={"surroundings": uneven},
+        presences=(Presence(thing.kind, thing.mask, in_target=False),),
+        captions=(f"a photo of {with_article(thing.kind)}", "a photo of an empty background"),
+        model=scene.inpainting,
     )
 
 
@@ -73,6 +76,7 @@ def _resize(scene: Scene, thing: Thing, rng: np.random.Generator) -> Edit | Reje
         claims=(Visible(placed.outline, in_target=True), *thing.placed),
         params={"thing": thing.name, "mask": thing.origin, "factor": factor},
         scores={"surroundings": placed.uneven},
+        model=placed.model,
     )
 
 
@@ -107,6 +111,7 @@ def _move(scene: Scene, thing: Thing, rng: np.random.Generator) -> Edit | Reject
         ),
         params={"thing": thing.name, "mask": thing.origin, "shift": dx},
         scores={"surroundings": placed.uneven},
+        model=placed.model,
     )
 
 
@@ -129,17 +134,22 @@ def _flip(scene: Scene, thing: Thing, rng: np.random.Generator) -> Edit | Reject
         claims=(Mirrored(thing.mask), *thing.placed),
         params={"thing": thing.name, "mask": thing.origin},
         scores={"surroundings": placed.uneven},
+        model=placed.model,
     )
 
 
 @dataclass(frozen=True)
 class Transplant:
-    """A thing in its new place: the picture, what may differ, the thing's new mask, how uneven the surroundings are."""
+    """A thing in its new place: the picture, what may differ, the thing's new mask, how uneven the surroundings are.
+
+    `model` is that of the inpainter, if a hole had to be filled.
+    """
 
     pixels: np.ndarray
     mask: np.ndarray
     outline: np.ndarray
     uneven: float
+    model: dict[str, str]
 
 
 def transplant(scene: Scene, thing: Thing, matrix: np.ndarray, rng: np.random.Generator) -> Transplant | Rejected:
@@ -159,7 +169,7 @@ def transplant(scene: Scene, thing: Thing, matrix: np.ndarray, rng: np.random.Ge
     beside = (box for box in thing.neighbours if box[3] >= foot - _DEPTH * scene.side)
     if any(ground[y0:y1, x0:x1].any() for x0, y0, x1, y1 in beside):
         return Rejected("collides")
-    background, hole, uneven = scene.pixels, np.zeros_like(outline), 0.0
+    background, hole, uneven, model = scene.pixels, np.zeros_like(outline), 0.0, {}
     if (thing.mask & ~shrink(outline, 2)).sum() > _BARE * thing.mask.sum():
         hole = _hole(scene, thing.mask)
         # It must fit in where it goes as well: the surroundings of both places are one smooth ground.
@@ -168,11 +178,12 @@ def transplant(scene: Scene, thing: Thing, matrix: np.ndarray, rng: np.random.Ge
             return Rejected("structured_surroundings", uneven)
         background = scene.inpainter.inpaint(scene.pixels, hole, "", rng)
         background, hole = paste(scene.pixels, background, fade_in(hole))
+        model = scene.inpainting
     # The cut-out keeps none of its old surroundings in its edge.
     inner = continue_smoothly(scene.pixels.astype(np.float32), shrink(thing.mask, 2))
     moved = cv2.warpAffine(inner, matrix, size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
     pixels, covered = paste(background, np.clip(moved, 0, 255), alpha)
-    return Transplant(pixels, covered | hole, outline, uneven)
+    return Transplant(pixels, covered | hole, outline, uneven, model)
 
 
 def _can_go(thing: Thing) -> bool:

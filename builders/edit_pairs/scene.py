@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
 
-from builders.annotators.base import Inpainter
+from builders.annotators.base import Editor, Inpainter
 from builders.base import Rejected, SourceImage
 from builders.edit_pairs.colour import to_lab
 from builders.edit_pairs.edit import Edit, grow
@@ -26,6 +26,8 @@ class Scene:
     Args:
         area: range of a thing's share of the picture.
         surroundings: limit of `uneven`.
+        editor: None if the recipe has none.
+        inpainting, editing: `model` and `revision` of the inpainter, if it is a model, and of the editor.
     """
 
     image: SourceImage
@@ -33,6 +35,9 @@ class Scene:
     masks: MaskFinder
     area: tuple[float, float]
     surroundings: float
+    editor: Editor | None = None
+    inpainting: dict[str, str] = field(default_factory=dict)
+    editing: dict[str, str] = field(default_factory=dict)
 
     @property
     def pixels(self) -> np.ndarray:

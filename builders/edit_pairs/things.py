@@ -125,6 +125,11 @@ class Thing:
     neighbours: tuple[tuple[int, int, int, int], ...] = ()
 
     @property
+    def kind(self) -> str:
+        """The name without words for places, which mean nothing to a detector."""
+        return " ".join(_PLACE_WORDS.sub("", self.name).split())
+
+    @property
     def mask(self) -> np.ndarray:
         """Boolean [H, W].
 

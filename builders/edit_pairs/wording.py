@@ -63,6 +63,16 @@ def _upper_first(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def plain(wordings: list[Wording]) -> str:
+    """What is asked for in one plain sentence without placeholders, for a model that edits or judges."""
+    templates, texts = load_templates(_FILE), []
+    for wording in wordings:
+        entries = templates[wording.name]
+        entry = next((text for text in entries if "{image}" not in text), entries[0])
+        texts.append(entry.format(image="the picture", **wording.fields).rstrip("."))
+    return f"{_upper_first(' and '.join(texts))}."
+
+
 def all_instructions(name: str, fields: dict[str, str]) -> list[str]:
     """Everything that can be said with one entry, for the tests and for whoever reviews the templates."""
     templates = load_templates(_FILE)

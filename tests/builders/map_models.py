@@ -118,6 +118,8 @@ def _save(network: torch.nn.Module, path: Path, layout: Any = dict, seed: int = 
             if parameter.ndim > 1:
                 scale = 0.01 if faint in name else 1.0
                 parameter.normal_(0, scale * (2 / parameter[0].numel()) ** 0.5, generator=generator)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.03, generator=generator)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(layout(network.state_dict()), path)
     return path.parent

@@ -351,7 +351,7 @@ def test_what_people_say_about_a_colour_counts_unless_the_pixels_contradict() ->
 TEMPLATES = load_templates("edit_pairs")
 FIELDS = {
     "thing": "the left cup", "place": "at the top left", "colour": "blue", "direction": "left", "text": "OPEN",
-    "new": "CLOSED", "ink": "white",
+    "new": "CLOSED", "ink": "white", "material": "gold", "look": "at night",
 }  # fmt: skip
 ENTRIES = [name for name in TEMPLATES if not name.startswith("frames")]
 

@@ -84,7 +84,7 @@ def save_flux_kontext(folder: Path) -> Path:
 def save_qwen_image_edit(folder: Path) -> Path:
     torch.manual_seed(3)
     tokenizer = Qwen2Tokenizer(*byte_pairs(400), extra_special_tokens=list(_QWEN_TOKENS), eos_token="<|im_end|>")
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in _QWEN_TOKENS}
+    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in _QWEN_TOKENS}
     layers = {"hidden_size": 16, "intermediate_size": 16}
     config = Qwen2_5_VLConfig(
         text_config={
@@ -94,6 +94,8 @@ def save_qwen_image_edit(folder: Path) -> Path:
             "num_key_value_heads": 2,
             "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6},
             "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
         },
         vision_config={**layers, "depth": 1, "num_heads": 2, "out_hidden_size": 16},
         vocab_size=len(tokenizer),
@@ -150,6 +152,7 @@ def _stable_diffusion() -> dict[str, Any]:
 def _unet(channels: int) -> UNet2DConditionModel:
     torch.manual_seed(0)
     return UNet2DConditionModel(
+        sample_size=64,
         block_out_channels=(8, 16),
         layers_per_block=1,
         in_channels=channels,

@@ -178,9 +178,10 @@ def test_models_annotate_and_samples_name_them(
 def test_any_number_of_workers_gives_the_same_bytes(context: Callable[..., Context], models: Path) -> None:
     both = {"caption": {"model": str(models / "qwen"), "max_tokens": 6, "styles": ["tags"]}, **_grounded(models)}
     alone, side_by_side = (context(both, name) for name in ("alone", "parallel"))
-    build(alone, workers=0)
-    build(side_by_side, workers=2)
-    for folder in ("artefacts", "data", "meta/ledger"):
+    build(alone, workers=0, until="annotate")
+    build(side_by_side, workers=0, until="decide")
+    build(side_by_side, workers=2, until="annotate")
+    for folder in ("artefacts", "meta/ledger/annotate"):
         files = _files(alone.corpus, folder)
         assert files and files == _files(side_by_side.corpus, folder)
 

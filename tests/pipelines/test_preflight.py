@@ -79,8 +79,3 @@ def test_a_missing_model_and_a_missing_list_are_errors_of_their_lines(tmp_path):
         assert "r.yaml:8: score.nsfw.model: " in out and "/nowhere/nsfw" in out
         assert "r.yaml:12: decide.blocklists.0.path: " in out and "nowhere.txt" in out
         assert not (tmp_path / "corpus").exists()
-
-
-def test_a_model_that_is_needed_to_know_its_columns_is_named_with_its_line(tmp_path):
-    with pytest.raises(RecipeError, match=r"r.yaml:8: score.features.model: .*/nowhere/dinov2"):
-        load(write(tmp_path / "r.yaml", "  features:\n    model: /nowhere/dinov2"))

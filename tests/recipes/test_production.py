@@ -20,10 +20,13 @@ from pipelines import ledger
 from pipelines.engine import Context
 from pipelines.funnel import funnel
 from pipelines.lint import lint
+from pipelines.preflight import preflight
 from pipelines.recipes import RECIPE, load
 from pipelines.run import build
 from pipelines.storage import Folder
 from schemas.recipe import RecipeError, load_recipe
+from tests.builders.tiny_annotators import save_grounding_dino, save_qwen_vl, save_sam2
+from tests.builders.tiny_editors import save_inpainter, save_instruct_pix2pix
 from tests.conftest import CAPTIONS
 from tests.filters.tiny_models import VIT_WIDTH, save_aesthetic, save_classifier, save_clip, save_dinov2
 
@@ -40,6 +43,23 @@ def use_tiny_models(score: dict[str, Any], root: Path) -> None:
     for name, folder in local.items():
         score[name] |= {"model": str(folder), "revision": ""}
     score["clip"]["aesthetic"] = {"model": str(save_aesthetic(root / "aesthetic"))}
+
+
+def use_tiny_builders(recipe: dict[str, Any], root: Path) -> None:
+    """The annotators and the models of `edit_pairs`, which here see 64 x 64 pixels and take one step."""
+    annotate, edits = recipe["annotate"], recipe["build"]["edit_pairs"]
+    dino, sam = save_grounding_dino(root / "dino"), save_sam2(root / "sam2")
+    editors = {"inpainter": save_inpainter(root / "inpainter"), "editor": save_instruct_pix2pix(root / "editor")}
+    annotate["caption"] |= _local(save_qwen_vl(root / "qwen"), max_tokens=8, num_gpus=0)
+    annotate["entities"] |= _local(dino, segmenter=_local(sam), num_gpus=0)
+    for name, folder in editors.items():
+        edits[name] |= _local(folder, steps=1, resolution=64, num_gpus=0)
+    edits["gates"]["recheck"] |= _local(dino)
+    edits["gates"]["clip"] |= _local(root / "clip")
+
+
+def _local(folder: Path, **options: Any) -> dict[str, Any]:
+    return {"model": str(folder), "revision": "", **options}
 
 
 def write_tar(folder: Path, photographs: dict[str, np.ndarray]) -> None:
@@ -73,16 +93,17 @@ def test_it_asks_for_everything_there_is() -> None:
     assert set(recipe.scorers()) == set(SCORERS) - {"conse"}  # CLIP says the same, and better
 
 
-def test_unknown_commits_are_named_with_their_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_commits_are_named_with_their_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RecipeError, match=r"production.yaml:\d+: score\.\w+\.\w*: .*0{40}"):
-        load(PRODUCTION)
+        preflight(Context(Folder(str(tmp_path / "corpus")), load(PRODUCTION), str(PRODUCTION.parent)))
 
 
 @pytest.mark.slow
 def test_it_runs_end_to_end(photographs: dict[str, np.ndarray], tmp_path: Path) -> None:
     recipe = yaml.safe_load(PRODUCTION.read_text())
     use_tiny_models(recipe["score"], tmp_path / "models")
+    use_tiny_builders(recipe, tmp_path / "models")
     write_tar(tmp_path / "web", photographs)
     write_blocklists(tmp_path / "blocklists", photographs)
     for rule in recipe["decide"]["filters"]:  # random models know nothing, and the photographs are small
@@ -106,7 +127,10 @@ def test_it_runs_end_to_end(photographs: dict[str, np.ndarray], tmp_path: Path) 
     assert steps["clip_score"].left == steps["clip_score"].entered - math.floor(0.3 * steps["clip_score"].entered)
     assert steps["semantic_duplicate"].left >= 3
     streams = {name.split("/")[1] for name in folder.list("data", ".tar")}
-    assert {"text_to_image", "restore", "control"} <= streams
+    assert {"text_to_image", "restore", "control", "edit"} <= streams
+    edits = [row for name in folder.list("meta/ledger/build", ".parquet") for row in _rows(folder, name)]
+    restyled = [row["reason"] for row in edits if row["input"].endswith("/edit_pairs/restyle_scene")]
+    assert restyled and set(restyled) == {"misaligned"}  # random weights lose the picture, and the gates see it
 
 
 def _rows(folder: Folder, name: str) -> list[dict[str, Any]]:
