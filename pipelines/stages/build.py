@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import BaseModel
 
 from builders.base import Builder, Rejected, Sample, SourceImage
 from builders.ready import ReadyImage, build_ready
 from builders.registry import BUILDERS
+from filters.models import content_revision
 from pipelines import ledger
 from pipelines.engine import Context, Dropped, Fate, Kept, RowStage, Task, describe
 from pipelines.stages.annotate import AnnotateStage, annotators_of
@@ -20,6 +23,7 @@ from pipelines.stages.ingest import IngestStage, in_source_order
 from pipelines.stages.kept import kept_images
 from schemas.arrow import SAMPLES
 from schemas.identity import digest_of, generator
+from schemas.models import ModelName, ModelParams
 from schemas.shards import encode_sample, iter_bytes
 from schemas.vocabulary import STREAMS
 
@@ -57,7 +61,7 @@ class BuildStage(RowStage):
     def tasks(self) -> list[Task]:
         found = ledger.read_markers(self.corpus, AnnotateStage.name)
         verdicts = ledger.read_markers(self.corpus, DecideStage.name)["all"].outputs
-        params = {n: [b.version, b.params.model_dump(mode="json")] for n, b in self.builders.items()}
+        params = {n: [b.version, _spec(b.params)] for n, b in self.builders.items()}
         same_for_all = [self.version, self.recipe.seed, self.recipe.decide.splits.model_dump(mode="json"), params]
         num_gpus = max((builder.num_gpus for builder in self.builders.values()), default=0.0)
         tasks = []
@@ -89,6 +93,21 @@ class BuildStage(RowStage):
 
     def writer(self, task: Task) -> PartWriter:
         return PartWriter(self, task.unit)
+
+
+def _spec(value: Any) -> Any:
+    """Parameters as a digest has them: without where a model runs, and with the content of files and model folders."""
+    if isinstance(value, BaseModel):
+        left_out = ModelParams.resources if isinstance(value, ModelParams) else frozenset()
+        spec = {name: _spec(getattr(value, name)) for name in type(value).model_fields if name not in left_out}
+        if isinstance(value, ModelName) and value.is_path:
+            spec["content"] = content_revision(Path(value.model).expanduser())
+        return spec
+    if isinstance(value, Mapping):
+        return {str(key): _spec(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spec(entry) for entry in value]
+    return [str(value), content_revision(value)] if isinstance(value, Path) else value
 
 
 class PartWriter:
