@@ -71,6 +71,38 @@ def save_normalbae(folder: Path) -> Path:
     return _save(network, folder / "scannet.pt", lambda state: {"model": _prefixed(state)})
 
 
+def save_depth_anything(folder: Path, **config: Any) -> Path:
+    """Depth Anything V2 of some thousand parameters, as it is published."""
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessor
+
+    backbone = Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+        reshape_hidden_states=False,
+        apply_layernorm=True,
+    )
+    torch.manual_seed(0)
+    sizes = {"neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 8, "reassemble_hidden_size": 16}
+    model = DepthAnythingForDepthEstimation(
+        DepthAnythingConfig(backbone_config=backbone, head_hidden_size=8, **sizes, **config)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
+        model.head.conv3.bias.fill_(1.0)
+    model.save_pretrained(folder)
+    processor = DPTImageProcessor(
+        size={"height": 70, "width": 70}, keep_aspect_ratio=True, ensure_multiple_of=14, do_resize=True
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
 def save_midas(folder: Path) -> Path:
     from controlnet_aux.midas.api import MiDaSInference
     from controlnet_aux.midas.midas.dpt_depth import DPTDepthModel

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessor
 
 from builders.annotators.depth import DepthEstimator, inverse_depth, quantise
 from builders.annotators.normals import NormalEstimator, encode_normals, normals_from_depth
@@ -19,6 +18,7 @@ from filters.models import ModelMissing
 from schemas.codec import decode_raw, encode_jpeg, encode_png
 from schemas.identity import uid_of
 from schemas.records import ImageRecord
+from tests.builders.map_models import save_depth_anything
 
 FOCAL = 200 / (2 * math.tan(math.radians(55) / 2))
 
@@ -33,36 +33,6 @@ PHOTOS = [
     source(skimage.data.coffee()[:181, :240]),
     source(skimage.data.astronaut()[:120, :97]),
 ]
-
-
-def save_depth_anything(folder, **config):
-    """Depth Anything V2 of some thousand parameters, as it is published."""
-    backbone = Dinov2Config(
-        hidden_size=16,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        image_size=56,
-        patch_size=14,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-        reshape_hidden_states=False,
-        apply_layernorm=True,
-    )
-    torch.manual_seed(0)
-    sizes = {"neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 8, "reassemble_hidden_size": 16}
-    model = DepthAnythingForDepthEstimation(
-        DepthAnythingConfig(backbone_config=backbone, head_hidden_size=8, **sizes, **config)
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, parameter[0].numel() ** -0.5)
-        model.head.conv3.bias.fill_(1.0)
-    model.save_pretrained(folder)
-    processor = DPTImageProcessor(
-        size={"height": 70, "width": 70}, keep_aspect_ratio=True, ensure_multiple_of=14, do_resize=True
-    )
-    processor.save_pretrained(folder)
-    return folder
 
 
 def estimator(folder, **params):
