@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -61,13 +61,15 @@ def draw_names(weights: Weights, count: int, rng: np.random.Generator) -> list[s
 class SourceImage:
     """One kept image: its record, its normalised JPEG bytes, its raw depth if the source has one, its artefacts.
 
-    `artefacts` holds what annotators found, by annotator, of those that the recipe has.
+    `artefacts` holds what annotators found, by annotator, of those that the recipe has; `others` the images that
+    `record.pairs` name, by uid.
     """
 
     record: ImageRecord
     jpeg: bytes
     depth_png: bytes = b""
     artefacts: Mapping[str, Artefact] = field(default_factory=dict)
+    others: Mapping[str, SourceImage] = field(default_factory=dict)
 
     @cached_property
     def pixels(self) -> np.ndarray:
@@ -178,6 +180,23 @@ def draft(image: ImageRecord, stream: str, subtask: str, *ops: Op, variant: int 
         ops=(*image.ops, *ops),
         **fields,
     )
+
+
+def joint_rights(parents: Sequence[ImageRecord | SampleRecord]) -> dict[str, Any]:
+    """Licence, authors, sources and opt-out of what is made of several records.
+
+    Distinct values are joined in the order of the parents, licences as an SPDX expression (`CC0-1.0 AND CC-BY-4.0`).
+    """
+
+    def joined(name: str, separator: str) -> str:
+        parts = [part for parent in parents for part in getattr(parent, name).split(separator) if part]
+        return separator.join(dict.fromkeys(parts))
+
+    return {
+        "license": joined("license", " AND "),
+        **{name: joined(name, "; ") for name in ("license_url", "author", "source_url")},
+        "optout": any(parent.optout for parent in parents),
+    }
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:

@@ -98,6 +98,8 @@ SAMPLES = pa.schema(
         ("change", pa.struct([("l1_inside", pa.float64())])),
         ("captions", _CAPTIONS),
         ("entities", pa.string()),
+        ("references", pa.string()),
+        ("group", pa.string()),
         ("scores", pa.string()),
         ("severity", pa.float64()),
         ("parents", pa.list_(pa.string())),

@@ -27,13 +27,17 @@ class Record(BaseModel):
 
 
 class Entity(Record):
-    """Something in an image. `box` is (x0, y0, x1, y1) in pixels; `mask` as in `schemas.masks`, empty if unknown."""
+    """Something in an image. `box` is (x0, y0, x1, y1) in pixels; `mask` as in `schemas.masks`, empty if unknown.
+
+    Entities of one `subject_id`, in whatever image, are the same individual; "" if the source does not say.
+    """
 
     phrase: str
     label: str = ""
     box: tuple[float, float, float, float]
     mask: dict[str, Any] | list[list[float]] = Field(default_factory=dict)
     score: float = UNKNOWN
+    subject_id: str = ""
 
     @model_validator(mode="after")
     def _box_is_ordered(self) -> Entity:
@@ -72,6 +76,20 @@ class Op(Record):
         return cls(name=name, version=version, params=json.dumps(params, sort_keys=True))
 
 
+class Pair(Record):
+    """One subject in two photographs: entity number `entity` here is entity `other_entity` of the image `other`.
+
+    `similarity` is the cosine of the embeddings of both crops, -1 if not measured. `evidence` says who claims that
+    they are the same: `features`, `subject_id` or `judge`.
+    """
+
+    entity: int = Field(ge=0)
+    other: str
+    other_entity: int = Field(ge=0)
+    similarity: float = UNKNOWN
+    evidence: str
+
+
 class ImageRecord(Record):
     """One source image after ingest. Geometry refers to the normalised image (upright, capped, 8-bit sRGB)."""
 
@@ -80,6 +98,7 @@ class ImageRecord(Record):
     height: int
     captions: Captions = Captions()
     entities: tuple[Entity, ...] = ()
+    pairs: tuple[Pair, ...] = ()
     scene_id: str = ""
     license: str = ""
     license_url: str = ""
@@ -110,6 +129,8 @@ class SampleRecord(Record):
 
     `edit_source_index` is the 0-based input that the weighted flow loss compares with the target (-1: none).
     `aligned` says that this input and the target agree pixel for pixel outside the mask: measured, never assumed.
+    `references` is a JSON list with what each reference of a subject is and how it was made, `group` a JSON object
+    with what the examples of a few-shot group have in common.
     """
 
     key: str
@@ -131,6 +152,8 @@ class SampleRecord(Record):
     change: Change = Change()
     captions: Captions = Captions()
     entities: str = "[]"
+    references: str = "[]"
+    group: str = "{}"
     scores: str = "{}"
     severity: float = UNKNOWN
     parents: tuple[str, ...] = Field(min_length=1)
