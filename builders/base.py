@@ -38,7 +38,11 @@ def _equal_weights(value: Any) -> Any:
 
 
 # In a recipe: names with weights, or a list of names that weigh alike.
-Weights = Annotated[dict[str, PositiveFloat], BeforeValidator(_equal_weights), Field(min_length=1)]
+Weights = Annotated[
+    dict[str, PositiveFloat],
+    BeforeValidator(_equal_weights, json_schema_input_type=dict[str, PositiveFloat] | list[str]),
+    Field(min_length=1),
+]
 
 
 def check_names(weights: Weights, known: Collection[str], what: str) -> Weights:

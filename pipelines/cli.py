@@ -266,6 +266,18 @@ def export(
         typer.echo(export_run(Path(source), out, kind.value, merge, average))
 
 
+@app.command()
+@_friendly
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="as a page for people: docs/recipe.md")] = False,
+) -> None:
+    """Print the recipe's JSON Schema, with which editors complete and check YAML as it is typed."""
+    from pipelines import reference
+    from pipelines.recipes import RECIPE
+
+    typer.echo(reference.markdown() if markdown else json.dumps(RECIPE.model_json_schema(), indent=1), nl=not markdown)
+
+
 register(app, _friendly)
 
 

@@ -54,7 +54,7 @@ class Pack(Section):
         default=512 * _MIB, ge=1 << 16, description="target size of a shard in bytes, or e.g. `512MiB`"
     )
 
-    @field_validator("shard_bytes", mode="before")
+    @field_validator("shard_bytes", mode="before", json_schema_input_type=int | str)
     @classmethod
     def _parse_size(cls, value: Any) -> Any:
         match = re.fullmatch(r"(\d+)\s*([KMG])iB", value) if isinstance(value, str) else None
