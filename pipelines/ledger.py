@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from schemas.arrow import LEDGER
 
 Status = Literal["kept", "dropped", "quarantined"]
 FOLDER = "meta/ledger"
+_READERS = 16
 
 
 class ConservationError(RuntimeError):
@@ -68,7 +70,8 @@ def ledger_path(stage: str, unit: str) -> str:
 def read_markers(corpus: Folder, stage: str) -> dict[str, Marker]:
     """All markers of a stage by unit, in unit order."""
     names = corpus.list(f"{FOLDER}/{stage}", ".json")
-    return {m.unit: m for m in (Marker(**corpus.read_json(name)) for name in names)}
+    with ThreadPoolExecutor(_READERS) as pool:  # remote stores answer slowly, but many at a time
+        return {m.unit: m for m in (Marker(**content) for content in pool.map(corpus.read_json, names))}
 
 
 def ledger_table(rows: Iterable[LedgerRow]) -> pa.Table:
