@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= build/demo
-UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
+# Bytecode is compiled once, here: every Ray worker imports torch.
+UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE ?= 1
@@ -23,6 +24,7 @@ demo: $(INSTALLED)
 	$(BIN)/python recipes/demo/collect_photos.py $(OUT)/photos
 	$(BIN)/x2i build recipes/demo/recipe.yaml --corpus $(OUT)/corpus
 	$(BIN)/x2i preview $(OUT)/corpus --out $(OUT)/preview
+	$(BIN)/x2i report $(OUT)/corpus
 	rm -rf $(OUT)/run
 	$(BIN)/x2i train --preset tiny --corpus $(OUT)/corpus --run $(OUT)/run
 

@@ -1,44 +1,36 @@
-"""Time of a training step: packed against padded, and on a GPU the full-size model in all ways it can be trained.
+"""Time of a training step, packed against padded.
 
-    python benchmarks/train_step.py [--repeats 5] [--cpu-only]
+    python benchmarks/train_step.py [--repeats 5]
 
-* **packed against padded** (any machine): the same 64 samples of the authors' mixture, at sizes and prompt lengths
-  drawn once, through the same tiny model: forward, backward and AdamW. *Padded* runs batches of eight in which every
-  condition is as long as the longest and every target as large as the largest, as the public trainer computes;
-  *packed* runs packs of 2,048 tokens. Both attend within samples only.
-* **full size** (CUDA): OmniGen-v1's 3.76 B parameters with random weights, packs of 8,448 rows, per way to train, side,
-  task and attention kernel: tokens/s, MFU by exact FLOPs, and the peak of memory.
+The same 64 samples of the authors' mixture, at sizes and prompt lengths drawn once, through the same tiny model:
+forward, backward and AdamW. *Padded* runs batches of eight in which every condition is as long as the longest and every
+target as large as the largest; *packed* runs packs of 2,048 tokens. Both attend within samples only. Medians after
+warm-up.
 
-The VAE is not timed. Medians of `--repeats` after warm-up.
+`official_way.py` compares with all that the public trainer does, `full_size.py` measures the full-size model on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import product
 
 import numpy as np
 import torch
 
-from fine_tune.adapters import add_adapter
-from fine_tune.attention import Backend
 from fine_tune.flow import flow_loss, interpolate
-from fine_tune.metrics import peak_flops, training_flops
 from fine_tune.model import OmniGen, OmniGenConfig
 from fine_tune.optim import build_optimizer
 from fine_tune.order import AUTHORS_MIXTURE, best_fit
 from fine_tune.packing import Pack, Sequence, Size, pack
-from fine_tune.presets import BLOCK_LINEARS, ModelConfig, OptimConfig, tiny
+from fine_tune.presets import OptimConfig, tiny
 from fine_tune.state import initialise
 
 INPUT_IMAGES = {"text_to_image": 0, "subject": 2, "control": 1, "edit": 1, "other": 1}
-BUDGET = 8448
-PACKED = 2048  # tokens of a pack beside it
+PACKED = 2048  # tokens of a pack
 BATCH = 8  # samples of a padded batch, as at 256 px in the paper
 
 
@@ -75,20 +67,16 @@ class Trainee:
 
     model: OmniGen
     optimizer: torch.optim.Optimizer
-    adapter_parameters: int = 0
 
     def step(self, packs: list[Pack]) -> None:
         """One update on random latents."""
-        device = self.model.embed_tokens.weight.device
         for layout in packs:
             inputs, targets = (
-                [torch.randn(4, 2 * h, 2 * w, device=device) for h, w in sizes]
-                for sizes in (layout.input_sizes, layout.target_sizes)
+                [torch.randn(4, 2 * h, 2 * w) for h, w in sizes] for sizes in (layout.input_sizes, layout.target_sizes)
             )
-            timestep = torch.rand(len(targets), device=device)
+            timestep = torch.rand(len(targets))
             pairs = [interpolate(x, torch.randn_like(x), t) for x, t in zip(targets, timestep, strict=True)]
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                predictions = self.model(layout, inputs, [noisy for noisy, _ in pairs], timestep)
+            predictions = self.model(layout, inputs, [noisy for noisy, _ in pairs], timestep)
             flow_loss(predictions, [velocity for _, velocity in pairs], [None] * len(pairs)).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -100,8 +88,6 @@ def measure(step: Callable[[], None], repeats: int, warm_up: int = 2) -> float:
     for number in range(warm_up + repeats):
         start = time.perf_counter()
         step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         if number >= warm_up:
             seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
@@ -153,82 +139,10 @@ def compare_packing(repeats: int) -> None:
     print(f"\npacked is {statistics.median(ratios):.2f} times as fast ({low:.2f} to {high:.2f})\n")
 
 
-def full_size_trainees() -> Iterator[tuple[str, Trainee]]:
-    """OmniGen-v1 with random weights on the GPU, one after another."""
-    device = torch.device("cuda")
-    ways = {
-        "LoRA r16, bf16 base": (torch.bfloat16, OptimConfig(), False),
-        "full, fp32 weights, checkpointing": (torch.float32, OptimConfig(), True),
-        "full, bf16 weights, rounding, checkpointing": (torch.bfloat16, OptimConfig(name="adamw_sr"), True),
-    }
-    for name, (dtype, optim, checkpointing) in ways.items():
-        with device:
-            torch.set_default_dtype(dtype)
-            model = OmniGen(OmniGenConfig())
-            torch.set_default_dtype(torch.float32)
-        initialise(model, torch.Generator(device).manual_seed(0))
-        adapter_parameters = 0
-        if name.startswith("LoRA"):
-            add_adapter(model, ModelConfig(adapter="lora", adapter_rank=16, adapter_targets=BLOCK_LINEARS), 0)
-            adapter_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        model.gradient_checkpointing = checkpointing
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        yield name, Trainee(model, build_optimizer(trained, optim, 0), adapter_parameters)
-        del model, trained
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def full_pack(side: int, task: str, device: str) -> Pack:
-    """As many samples of one kind as the budget holds."""
-    patches = (side // 16, side // 16)
-    sequence = make_sequence(80, [patches] if task == "edit" else [], patches)
-    return pack([sequence] * (BUDGET // len(sequence)), pad_to=BUDGET).to(device)
-
-
-def measure_full_size(repeats: int) -> None:
-    """Print tokens/s, MFU and memory of the full-size model."""
-    name_of_device = torch.cuda.get_device_name()
-    peak = peak_flops(torch.device("cuda"))
-    print(f"{name_of_device}, packs of {BUDGET} rows, medians of {repeats}\n")
-    print(
-        "| training | side | task | attention | s/step | tokens/s | MFU | peak GB |\n|---|---|---|---|---|---|---|---|"
-    )
-    backends: tuple[Backend, ...] = ("flex", "sdpa")
-    for name, trainee in full_size_trainees():
-        for side, task, backend in product((512, 1024), ("t2i", "edit"), backends):
-            layout = full_pack(side, task, "cuda")
-            trainee.model.attention_backend = backend
-            torch.cuda.reset_peak_memory_stats()
-            row = f"| {name} | {side} | {task} | {backend} "
-            try:
-                seconds = measure(lambda t=trainee, p=layout: t.step([p]), repeats)  # type: ignore[misc]
-            except torch.OutOfMemoryError:
-                trainee.optimizer.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
-                print(f"{row}| out of memory | | | |", flush=True)
-                continue
-            flops = training_flops(
-                trainee.model.config, layout.num_tokens, layout.attended_pairs, trainee.adapter_parameters
-            )
-            mfu = f"{flops / seconds / peak:.1%}" if peak else "unknown peak"
-            memory = torch.cuda.max_memory_allocated() / 1e9
-            print(f"{row}| {seconds:.3f} | {layout.num_tokens / seconds:,.0f} | {mfu} | {memory:.1f} |", flush=True)
-        del trainee
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time of a training step.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--cpu-only", action="store_true", help="leave the full-size model out")
-    options = parser.parse_args()
-    compare_packing(options.repeats)
-    if options.cpu_only:
-        return
-    if not torch.cuda.is_available():
-        print("no CUDA device: the full-size model is not measured")
-        return
-    measure_full_size(options.repeats)
+    compare_packing(parser.parse_args().repeats)
 
 
 if __name__ == "__main__":

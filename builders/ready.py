@@ -25,13 +25,15 @@ class ReadyImage:
     instruction: str
     images: tuple[bytes, ...]
     parents: tuple[str, ...]
+    variants: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, record: ImageRecord, ready: dict[str, Any], members: dict[str, bytes]) -> ReadyImage:
         """From the ingest row's `ready` column, whose `images` name the members in order."""
         names, uids = zip(*((i["member"], i["uid"]) for i in ready["images"]), strict=True)
         images = tuple(members[name] for name in names)
-        return cls(record, ready["task"], ready["subtask"], ready["instruction"], images, uids)
+        text = (ready["task"], ready["subtask"], ready["instruction"])
+        return cls(record, *text, images, uids, tuple(ready["variants"]))
 
 
 def build_ready(ready: ReadyImage) -> Outcome:
@@ -54,6 +56,7 @@ def build_ready(ready: ReadyImage) -> Outcome:
         ready.subtask,
         Op.of("x2i_import", VERSION),
         instruction=ready.instruction,
+        instruction_variants=ready.variants,
         input_roles=("input",) * len(inputs),
         output_kind="photo" if stream.output == "jpg" else f"map:{ready.subtask}",
         edit_source_index=0 if stream.edit_mask else -1,

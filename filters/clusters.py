@@ -23,6 +23,11 @@ def unit_vectors(vectors: np.ndarray) -> np.ndarray:
     return np.where(usable, vectors / np.where(usable, length, 1), 0).astype(np.float32)
 
 
+def quantised(vectors: np.ndarray) -> np.ndarray:
+    """float32 [n, d] of integers: unit vectors times 2048, rounded. Products of two are exact in any order of sums."""
+    return np.rint(unit_vectors(vectors) * _SCALE).astype(np.float32)
+
+
 def cluster_count(images: int, rule: SemanticDedup) -> int:
     return max(1, -(-images // rule.cluster_images))
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fine_tune.layouts import check_state
 from fine_tune.model import OmniGen
 from fine_tune.presets import ModelConfig
 
@@ -23,6 +22,7 @@ def add_adapter(model: OmniGen, config: ModelConfig, seed: int) -> None:
         ValueError: no layer has one of the target names.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapter = LoraConfig(
         r=config.adapter_rank,
@@ -39,6 +39,10 @@ def add_adapter(model: OmniGen, config: ModelConfig, seed: int) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            # Under autocast a float32 copy of the input, per adapted layer, would only be cast back.
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
 
 
 def adapter_state(model: OmniGen) -> dict[str, Tensor]:
@@ -56,20 +60,6 @@ def save_adapter(model: OmniGen, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _peft_config(model).save_pretrained(str(folder))
     save_file({name: tensor.contiguous() for name, tensor in adapter_state(model).items()}, folder / WEIGHTS_NAME)
-
-
-def load_adapter(model: OmniGen, folder: Path) -> None:
-    """Read the tensors of an adapter into a model that has one of this shape.
-
-    Raises:
-        CheckpointError: names or shapes differ.
-    """
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    state = load_file(folder / WEIGHTS_NAME)
-    check_state(adapter_state(model), state)
-    set_peft_model_state_dict(model, {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()})
 
 
 def merge_adapter(model: OmniGen) -> None:

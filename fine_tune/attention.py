@@ -2,7 +2,8 @@
 
 A text or time token sees everything before it and itself; an image token also sees the rest of its own image
 (OmniGen, arXiv:2409.11340, section 2.2). Seen from a row of a packed batch, both are a single interval of keys that
-starts at the row's own sequence, so a mask is two integers per row however many samples and images a pack holds.
+starts at the row's own sequence, so a mask is two integers per row however many samples and images a pack holds. Where
+several noisy targets share one condition, all but the first see it as a second interval, their prefix.
 """
 
 from __future__ import annotations
@@ -37,29 +38,42 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 @dataclass(frozen=True)
 class IntervalMask:
-    """Query row ``q`` attends to the keys ``lo[q] <= k < hi[q]``.
+    """Query row ``q`` attends to the keys ``lo[q] <= k < hi[q]``, and to those of its prefix.
 
     Attributes:
         lo, hi: int32 tensors of shape [T_q] with ``0 <= lo < hi <= kv_length``; no row is empty.
         kv_length: number of keys; equals T_q unless the queries are a subset of the rows.
+        prefix: (lo, hi) of a second interval per row, empty (0, 0) or before the first one; None if all are empty.
     """
 
     lo: Tensor
     hi: Tensor
     kv_length: int
+    prefix: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def intervals(self) -> list[tuple[Tensor, Tensor]]:
+        """(lo, hi) of the one or two intervals, in the order of their keys."""
+        return [(self.lo, self.hi)] if self.prefix is None else [self.prefix, (self.lo, self.hi)]
+
+    def map(self, function: Callable[[Tensor], Tensor], kv_length: int | None = None) -> IntervalMask:
+        """The mask with `function` applied to all its bounds."""
+        prefix = None if self.prefix is None else (function(self.prefix[0]), function(self.prefix[1]))
+        return IntervalMask(function(self.lo), function(self.hi), kv_length or self.kv_length, prefix)
 
     def attended_pairs(self) -> int:
         """Number A of (query, key) pairs computed, for exact FLOPs. Waits for the device."""
-        return int((self.hi - self.lo).sum())
+        return sum(int((hi - lo).sum()) for lo, hi in self.intervals)
 
     def dense(self) -> Tensor:
         """The same mask as a bool tensor [T_q, kv_length], true where attention is allowed."""
         keys = torch.arange(self.kv_length, device=self.lo.device)
-        return (keys >= self.lo[:, None]) & (keys < self.hi[:, None])
+        parts = [(keys >= lo[:, None]) & (keys < hi[:, None]) for lo, hi in self.intervals]
+        return parts[0] if len(parts) == 1 else parts[0] | parts[1]
 
     def rows(self, rows: Tensor) -> IntervalMask:
         """The mask of the queries ``rows`` (int64 [R]) against all keys."""
-        return IntervalMask(self.lo[rows], self.hi[rows], self.kv_length)
+        return self.map(lambda bound: bound[rows])
 
     def compact(self, rows: Tensor) -> IntervalMask:
         """The mask among the sorted ``rows`` alone, keys outside of them dropped.
@@ -69,25 +83,27 @@ class IntervalMask:
         kept = torch.zeros(self.kv_length + 1, dtype=torch.int32, device=rows.device)
         kept[rows + 1] = 1
         kept_before = kept.cumsum(0, dtype=torch.int32)
-        return IntervalMask(kept_before[self.lo[rows]], kept_before[self.hi[rows]], len(rows))
+        return self.map(lambda bound: kept_before[bound[rows]], len(rows))
 
     def block_mask(self, q_block: int = BLOCK, kv_block: int = BLOCK) -> BlockMask:
         """The FlexAttention block lists, counted from the intervals instead of evaluating all T_q x T_k pairs.
 
         Equals ``create_block_mask`` on the same mask. One list for all heads (``H=None``); no device wait.
         """
-        q_length = len(self.lo)
-        touched = self._rows_covering(self.lo // kv_block, (self.hi - 1) // kv_block + 1, q_block, kv_block) > 0
-        inside = self._rows_covering((self.lo - 1) // kv_block + 1, self.hi // kv_block, q_block, kv_block)
+        touched, inside = torch.zeros((2, 1, 1), dtype=torch.int32, device=self.lo.device)
+        for lo, hi in self.intervals:
+            last = torch.where(hi > lo, (hi - 1) // kv_block, lo // kv_block - 1)
+            touched = touched + self._rows_covering(lo // kv_block, last + 1, q_block, kv_block)
+            inside = inside + self._rows_covering((lo - 1) // kv_block + 1, hi // kv_block, q_block, kv_block)
         full = inside == q_block
         from torch.nn.attention.flex_attention import BlockMask
 
         return BlockMask.from_kv_blocks(
-            *_block_lists(touched & ~full),
+            *_block_lists((touched > 0) & ~full),
             *_block_lists(full),
             BLOCK_SIZE=(q_block, kv_block),
-            mask_mod=_interval_mask_mod(self.lo, self.hi),
-            seq_lengths=(q_length, self.kv_length),
+            mask_mod=_interval_mask_mod(self.intervals),
+            seq_lengths=(len(self.lo), self.kv_length),
         )
 
     def _rows_covering(self, first: Tensor, stop: Tensor, q_block: int, kv_block: int) -> Tensor:
@@ -102,7 +118,7 @@ class IntervalMask:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: IntervalMask, backend: Backend = "auto") -> Tensor:
-    """softmax(q kᵀ / √head_dim) v over each row's interval.
+    """softmax(q kᵀ / √head_dim) v over each row's keys.
 
     Args:
         q: [T_q, H, K]; k, v: [T_k, H_kv, K] with H a multiple of H_kv; one floating dtype for all three.
@@ -156,26 +172,32 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Segment:
-    """Neighbouring rows whose intervals begin at one key, the keys they see, and which of these each row sees."""
+    """Neighbouring rows whose intervals begin at one key, the runs of keys they see, and which each row sees."""
 
     rows: slice
-    keys: slice
+    keys: list[slice]
     visible: Tensor
+
+    def pick(self, x: Tensor) -> Tensor:
+        """The keys or values of this segment, without a copy if they lie in one run."""
+        return x[self.keys[0]] if len(self.keys) == 1 else torch.cat([x[run] for run in self.keys])
 
 
 def _segments(mask: IntervalMask) -> list[_Segment]:
+    # Rows of one target have one prefix, so it changes with `lo` only.
     starts = (mask.lo.diff().nonzero()[:, 0] + 1).tolist()
     segments = []
     for first, stop in pairwise([0, *starts, len(mask.lo)]):
-        low, high = int(mask.lo[first]), mask.hi[first:stop]
-        keys = slice(low, int(high.max()))
-        visible = torch.arange(keys.start, keys.stop, device=high.device) < high[:, None]
-        segments.append(_Segment(slice(first, stop), keys, visible))
+        rows = slice(first, stop)
+        runs = [slice(int(lo[first]), int(hi[rows].max())) for lo, hi in mask.intervals]
+        runs = [run for run in runs if run.start < run.stop]
+        keys = torch.cat([torch.arange(run.start, run.stop, device=mask.hi.device) for run in runs])
+        segments.append(_Segment(rows, runs, keys < mask.hi[rows][:, None]))
     return segments
 
 
 def _sequential(q: Tensor, k: Tensor, v: Tensor, segments: list[_Segment]) -> Tensor:
-    return torch.cat([_sdpa(q[s.rows], k[s.keys], v[s.keys], s.visible) for s in segments])
+    return torch.cat([_sdpa(q[s.rows], s.pick(k), s.pick(v), s.visible) for s in segments])
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, kernel_options: Any) -> Tensor:
@@ -185,16 +207,23 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, kernel_options
     if on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise RuntimeError("FlexAttention has no backward on CPU; use attention backend 'sdpa' to train there")
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    run: Any = flex_attention if on_cpu else _compiled_flex_attention()
+    # Inside of a compiled block it is compiled with it.
+    run: Any = flex_attention if on_cpu or torch.compiler.is_compiling() else _compiled_flex_attention()
     out = run(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=kernel_options)
     return out[0].transpose(0, 1)
 
 
-def _interval_mask_mod(lo: Tensor, hi: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    def mask_mod(batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+def _interval_mask_mod(intervals: list[tuple[Tensor, Tensor]]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    *_, (lo, hi) = intervals
+    prefix_lo, prefix_hi = intervals[0]
+
+    def in_one(batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return (kv >= lo[q]) & (kv < hi[q])
 
-    return mask_mod
+    def in_either(batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return in_one(batch, head, q, kv) | ((kv >= prefix_lo[q]) & (kv < prefix_hi[q]))
+
+    return in_one if len(intervals) == 1 else in_either
 
 
 def _block_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,8 @@ def check(config: Config, split: str | None = None) -> CheckReport:
     """
     data = config.data
     corpus, tokenizer = Corpus(data.corpus), load_tokenizer(config.model)
-    index = open_index(corpus, split or data.split, CountRule(tokenizer, data.max_side, data.budget))
+    rule = CountRule(tokenizer, data.max_side, data.budget, draws=config.flow.draws)
+    index = open_index(corpus, split or data.split, rule)
     plan = Plan(index, stream_shares(index, data.mixture), data.seed, data.budget, data.block)
     shares = plan.report()
     read = partial(_read, corpus, tokenizer, SampleSettings(max_side=data.max_side, edit_masks=True))

@@ -1,38 +1,49 @@
 """Checkpoints that are whole or not there, and the rules for going on from one.
 
 run/checkpoints/step-00000100/
-    transformer/   a diffusers OmniGenTransformer2DModel   (or adapter/: a peft adapter)
-    average.safetensors   moving average of the trained weights, if kept
-    training.pt    optimizer and random state
-    about.json     step, position in the data, settings, identity of the data
+    transformer/   weights of the model, and its config   (or adapter/: those of the adapter alone)
+    optimizer/     moments, as <parameter>.<moment>
+    average/       moving average of the trained weights, if kept
+    about.json     step, position in the data, settings, identity of the data, list of files
+
+Tensors are in safetensors files, one per rank and folder (`fine_tune.shards`), and can be read by any number of ranks.
+What a single rank, or ranks with DDP have saved in `transformer/` is a diffusers OmniGenTransformer2DModel as it is.
+`about.json` is written last: a folder without it is no checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
+import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from fine_tune.adapters import WEIGHTS_NAME, adapter_state, load_adapter, save_adapter
-from fine_tune.layouts import DIFFUSERS_STEM, check_state, save_transformer
+from fine_tune.layouts import DIFFUSERS_STEM, check_state
+from fine_tune.lowbit import plain_tensors
+from fine_tune.optim import make_moments
+from fine_tune.parallel import RankError, World, local
+from fine_tune.shards import SUFFIX, ShardReader, ShardWriter
+from fine_tune.storage import Location, StorageError
 from schemas.identity import digest_of
 
 if TYPE_CHECKING:
-    from fine_tune.state import TrainState
+    from fine_tune.state import Stage, TrainState
 
 log = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")  # on purpose, with one rank
 
-_COMPARED_TENSORS = 16
-_REMAINS = ".partial"
+ABOUT = "about.json"
+
+Tensors = dict[str, Tensor]
 
 
 class NonFiniteError(RuntimeError):
@@ -43,42 +54,180 @@ class ResumeError(RuntimeError):
     """A checkpoint that belongs to another run, or is damaged."""
 
 
-def find_checkpoints(run: Path) -> list[Path]:
+def find_checkpoints(run: Location | Path | str) -> list[Location]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step-*") if (path / "about.json").is_file())
+    folders = (Location.of(run) / "checkpoints").list()
+    return [folder for folder in folders if folder.name.startswith("step-") and (folder / ABOUT).exists()]
 
 
-def save_checkpoint(run: Path, state: TrainState, data: Mapping[str, Any], keep: int) -> Path:
-    """Write a checkpoint beside its final name, read it back, then rename it; the oldest beyond `keep` go.
+def open_part(checkpoint: Location, part: str) -> ShardReader:
+    """The tensors in one of the folders of a checkpoint; nothing if it has no such folder."""
+    files = (checkpoint / ABOUT).read_json()["files"]
+    return ShardReader(checkpoint / name for name in files if name.startswith(f"{part}/"))
+
+
+def save_checkpoint(run: Location | Path | str, state: TrainState, data: Mapping[str, Any], keep: int) -> Location:
+    """Write a checkpoint, read it back, then mark it as complete; the oldest beyond `keep` go. A collective.
 
     Args:
         data: position in the data, and its identity as `digest`.
 
     Raises:
         NonFiniteError: a weight or an optimizer state is not finite; nothing is written.
-        OSError: what was read back is not what was written.
+        StorageError: what was read back is not what was written, or nothing can be written, for too long.
     """
+    target = _target(run, state)
     check_finite(state)
-    target = run / "checkpoints" / f"step-{state.step:08d}"
-    if target in find_checkpoints(run):
-        return target
-    partial = target.with_name(f".{target.name}{_REMAINS}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write(partial, state, data)
-    _verify(partial, state)
-    for file in (path for path in partial.rglob("*") if path.is_file()):
-        _flush(file)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    _flush(target.parent)
-    for old in find_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    if not state.world.share((target / ABOUT).exists()):
+        _Writing(target, state.world, _contents(state), _about(state, data), _config(state), keep).run()
     return target
 
 
-def load_checkpoint(folder: Path, state: TrainState, data_digest: str, force: bool = False) -> dict[str, Any]:
-    """Put a run back to where a checkpoint left it.
+class BackgroundSaver:
+    """Saves a copy of the state from another thread, one checkpoint at a time.
+
+    Whether the last one was written is known when the next one begins, on all ranks alike.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="x2i-checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, run: Location | Path | str, state: TrainState, data: Mapping[str, Any], keep: int) -> Location:
+        """Copy the state to the host and return. Raises what `save_checkpoint` does, of this checkpoint or the last."""
+        self.wait()
+        check_finite(state)
+        contents = {part: _copied(tensors) for part, tensors in _contents(state).items()}
+        world = state.world.beside()
+        writing = _Writing(_target(run, state), world, contents, _about(state, data), _config(state), keep)
+        self._pending = self._thread.submit(writing.run)
+        return writing.target
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises what went wrong."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _copied(tensors: Tensors) -> Tensors:
+    """On the host; of a tensor that is cut over ranks only what is here."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    try:
+        copied = stager.stage(dict(tensors))
+        assert isinstance(copied, dict)  # a future only with an asynchronous stager
+        return copied
+    finally:
+        stager.close()
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """All that is needed to write one checkpoint."""
+
+    target: Location
+    world: World
+    contents: dict[str, Tensors]
+    about: dict[str, Any]
+    config: dict[str, Any] | None
+    keep: int
+
+    def run(self) -> None:
+        with self.world.together():
+            if self.world.rank == 0:
+                # What a save that was cut off has left there might be of another number of ranks.
+                self.target.remove()
+        for part, tensors in self.contents.items():
+            self._write(part, tensors)
+        with self.world.together():
+            if self.world.rank == 0:
+                self._complete()
+
+    def _write(self, part: str, tensors: Tensors) -> None:
+        writer = ShardWriter(self.target / part, DIFFUSERS_STEM if part == "transformer" else None)
+        with _explained():
+            dcp.save(tensors, storage_writer=writer, process_group=self.world.group, no_dist=self.world.size == 1)
+
+    def _complete(self) -> None:
+        """Mark it as complete, then remove older ones and what others have left unfinished."""
+        if self.config:
+            (self.target / "transformer" / "config.json").write_json(self.config)
+        files = [
+            f"{part}/{file.name}"
+            for part in self.contents
+            for file in (self.target / part).list()
+            if file.name.endswith(SUFFIX)
+        ]
+        (self.target / ABOUT).write_json(self.about | {"files": files})
+        folders = [folder for folder in self.target.parent.list() if folder.name.lstrip(".").startswith("step-")]
+        complete = [folder for folder in folders if (folder / ABOUT).exists()]
+        for folder in folders:
+            if folder not in complete[-self.keep :]:
+                folder.remove()
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """DCP tells all ranks of a failure on one of them, in an exception that is not an `Exception`."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        rank, (failure, _) = min(error.failures.items())
+        message = f"rank {rank}: {failure}"
+        raise StorageError(message) if isinstance(failure, OSError) else RankError(message) from failure
+
+
+def _target(run: Location | Path | str, state: TrainState) -> Location:
+    return Location.of(run) / "checkpoints" / f"step-{state.step:08d}"
+
+
+def _contents(state: TrainState) -> dict[str, Tensors]:
+    """The tensors of a checkpoint by folder, as they are in memory: loading writes into them."""
+    if state.config.model.adapter == "none":
+        contents: dict[str, Tensors] = {"transformer": dict(state.model.state_dict())}
+    else:
+        contents = {"adapter": dict(state.trained)}
+    contents["optimizer"] = {
+        stored: tensor
+        for name, parameter in state.trained.items()
+        for moment, value in state.optimizer.state[parameter].items()
+        for stored, tensor in plain_tensors(f"{name}.{moment}", value).items()
+    }
+    if state.average is not None:
+        contents["average"] = state.average.shadow
+    return {part: {name: tensor.detach() for name, tensor in tensors.items()} for part, tensors in contents.items()}
+
+
+def _about(state: TrainState, data: Mapping[str, Any]) -> dict[str, Any]:
+    settings = state.config.decisive()
+    return {
+        "step": state.step,
+        "settings": settings,
+        "settings_digest": digest_of(settings),
+        "data": dict(data),
+        "ranks": state.world.size,
+        "torch": torch.__version__,
+    }
+
+
+def _config(state: TrainState) -> dict[str, Any] | None:
+    """Of the transformer, if all of it is saved."""
+    return state.model.config.to_dict() if state.config.model.adapter == "none" else None
+
+
+def saved_stage(folder: Location) -> Stage:
+    """The stage in which a checkpoint was saved."""
+    from fine_tune.state import Stage
+
+    return Stage(**(folder / ABOUT).read_json()["data"]["stage"])
+
+
+def load_checkpoint(
+    folder: Location | Path | str, state: TrainState, data_digest: str, force: bool = False
+) -> dict[str, Any]:
+    """Put a run back to where a checkpoint left it, whatever the number of ranks that saved it. A collective.
 
     Args:
         data_digest: identity of the data now.
@@ -91,7 +240,8 @@ def load_checkpoint(folder: Path, state: TrainState, data_digest: str, force: bo
         ResumeError: settings that decide what is learned, or the data, are not those of the checkpoint.
         CheckpointError: its tensors are not those of the model.
     """
-    about = json.loads((folder / "about.json").read_text())
+    folder = Location.of(folder)
+    about = (folder / ABOUT).read_json()
     changes = list(_differences(about["settings"], state.config.decisive()))
     if about["data"]["digest"] != data_digest:
         changes.append("the corpus has other samples, or they take other numbers of tokens")
@@ -102,88 +252,35 @@ def load_checkpoint(folder: Path, state: TrainState, data_digest: str, force: bo
         )
     for change in changes:
         log.warning("resuming although %s", change)
-    if state.config.model.adapter == "none":
-        saved = load_file(folder / "transformer" / f"{DIFFUSERS_STEM}.safetensors")
-        check_state(state.model.state_dict(), saved)
-        state.model.load_state_dict(saved)
-    else:
-        load_adapter(state.model, folder / "adapter")
-    if state.average is not None:
-        average = load_file(folder / "average.safetensors")
-        check_state(state.average.shadow, average)
-        for name, tensor in state.average.shadow.items():
-            tensor.copy_(average[name])
-    training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-    if training["parameters"] != list(state.trained):
-        raise ResumeError(f"{folder} holds the optimizer of other parameters")
-    state.optimizer.load_state_dict(training["optimizer"])
-    torch.set_rng_state(training["rng"])
-    if torch.cuda.is_available() and training["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(training["cuda_rng"], state.device)
+    if any(name.startswith("optimizer/") for name in about["files"]):
+        make_moments(state.optimizer)
+    contents = _contents(state)
+    for part, tensors in contents.items():
+        reader = open_part(folder, part)
+        check_state(tensors, reader.describe())
+        with _explained():
+            dcp.load(tensors, storage_reader=reader, process_group=state.world.group, no_dist=state.world.size == 1)
+    for name, parameter in state.trained.items():
+        moments = state.optimizer.state[parameter]
+        for moment, value in moments.items():
+            if not isinstance(value, Tensor):
+                moments[moment] = type(value)(contents["optimizer"][f"{name}.{moment}"].item())
     state.step = about["step"]
     return about["data"]
 
 
 def check_finite(state: TrainState) -> None:
-    """Raises NonFiniteError naming the trained weights and optimizer states with a NaN or an infinity."""
-    tensors = {name: tensor.detach() for name, tensor in state.trained.items()}
-    for name, parameter in state.trained.items():
-        moments = state.optimizer.state.get(parameter, {})
-        tensors |= {f"{name} ({key})": value for key, value in moments.items() if isinstance(value, Tensor)}
-    if state.average is not None:
-        tensors |= {f"{name} (average)": tensor for name, tensor in state.average.shadow.items()}
+    """Raises NonFiniteError naming the tensors with a NaN or an infinity, on all ranks alike. A collective."""
+    tensors = {
+        name if part in ("transformer", "adapter") else f"{name} ({part})": local(tensor)
+        for part, held in _contents(state).items()
+        for name, tensor in held.items()
+    }
     finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
-    if bad := [name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]:
-        raise NonFiniteError(f"{len(bad)} tensors are not finite, nothing was saved: {', '.join(bad[:3])}")
-
-
-def _write(folder: Path, state: TrainState, data: Mapping[str, Any]) -> None:
-    if state.config.model.adapter == "none":
-        save_transformer(folder / "transformer", state.model.config, state.model.state_dict())
-    else:
-        save_adapter(state.model, folder / "adapter")
-    if state.average is not None:
-        save_file(state.average.shadow, folder / "average.safetensors")
-    training = {
-        "parameters": list(state.trained),
-        "optimizer": state.optimizer.state_dict(),
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state(state.device) if state.device.type == "cuda" else None,
-    }
-    torch.save(training, folder / "training.pt")
-    settings = state.config.decisive()
-    about = {
-        "step": state.step,
-        "settings": settings,
-        "settings_digest": digest_of(settings),
-        "data": dict(data),
-        "torch": torch.__version__,
-    }
-    (folder / "about.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
-
-
-def _verify(folder: Path, state: TrainState) -> None:
-    """Compare what can be read from the files with what is in memory: all names, and some tensors in full."""
-    if state.config.model.adapter == "none":
-        file, expected = folder / "transformer" / f"{DIFFUSERS_STEM}.safetensors", state.model.state_dict()
-    else:
-        file, expected = folder / "adapter" / WEIGHTS_NAME, adapter_state(state.model)
-    _compare(file, expected)
-    if state.average is not None:
-        _compare(folder / "average.safetensors", state.average.shadow)
-    training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True, mmap=True)
-    if len(training["optimizer"]["state"]) != len(state.optimizer.state):
-        raise OSError(f"{folder}/training.pt does not hold what was written; is the disk full?")
-
-
-def _compare(file: Path, expected: Mapping[str, Tensor]) -> None:
-    with safe_open(file, framework="pt") as saved:
-        names = list(expected)
-        intact = set(saved.keys()) == set(names)
-        for name in names[:: max(1, len(names) // _COMPARED_TENSORS)]:
-            intact = intact and torch.equal(saved.get_tensor(name), expected[name].detach().cpu())
-    if not intact:
-        raise OSError(f"{file} does not hold what was written; is the disk full?")
+    bad = [name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]
+    found = sorted({name for names in state.world.gather(bad) for name in names})
+    if found:
+        raise NonFiniteError(f"{len(found)} tensors are not finite, nothing was saved: {', '.join(found[:3])}")
 
 
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -195,11 +292,3 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: s
             yield from _differences(before, now, f"{prefix}{name}.")
         elif before != now:
             yield f"{prefix}{name} was {before}, now is {now}"
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fine_tune.presets import Config
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings, as key=value or section.key=value")]
-Preset = Annotated[str, typer.Option(help="tiny, lora, full, or stage1 to stage5 of the paper")]
+Preset = Annotated[str, typer.Option(help="tiny, lora, full, stages (the paper's five), stage1 to stage5, tiny_stages")]
 
 
 Command = Callable[..., None]
@@ -32,15 +32,49 @@ def train(
     preset: Preset = "tiny",
     corpus: Annotated[str, typer.Option("--corpus", "-c", help="folder or fsspec URL of a corpus")] = "",
     run: Annotated[str, typer.Option(help="run folder; an earlier run in it is resumed")] = "",
+    *,
     force: Annotated[bool, typer.Option(help="resume even though settings or data have changed")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="on the workers of a Ray cluster")] = False,
+    workers: Annotated[str, typer.Option(help="of Ray: how many, or fewest:most as there is room")] = "1",
+    address: Annotated[str | None, typer.Option(help="of a Ray cluster, e.g. auto; else Ray starts here")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="only say what memory it takes on --workers devices")] = False,
+    memory: Annotated[str, typer.Option(help="of each device, for --plan, as 80GB; else that of the one here")] = "",
 ) -> None:
-    """Fine-tune OmniGen on a corpus."""
+    """Fine-tune OmniGen on a corpus: on this device, on the ranks that torchrun starts, or on a Ray cluster."""
+    from fine_tune.parallel import join_torchrun
+    from fine_tune.presets import ConfigError
     from fine_tune.train import train as run_training
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    config = _config(preset, overrides, corpus, run)
-    typer.echo(f"saved {run_training(config, force)}")
+    config = _config(preset, overrides, corpus, run, needs_corpus=not plan)
+    if plan:
+        _print_plan(config, memory, _range(workers)[0])
+        return
+    if memory:
+        raise ConfigError("--memory is for --plan; a run has run.memory_gb")
+    if ray:
+        from fine_tune.cluster import train_on_ray
+
+        saved = train_on_ray(config, _range(workers), address, force)
+    elif address or workers != "1":
+        raise ConfigError("--workers and --address are for --ray")
+    else:
+        with join_torchrun(config) as world:
+            saved = run_training(config, force, world)
+            if world.rank:
+                return
+    typer.echo(f"saved {saved}")
     typer.echo(f"loss curve {config.run.folder}/loss.png, sample grids {config.run.folder}/samples")
+
+
+def _range(text: str) -> tuple[int, int]:
+    """`4` or `2:8`."""
+    from fine_tune.presets import ConfigError
+
+    fewest, _, most = text.partition(":")
+    if not (fewest.isdigit() and (most or fewest).isdigit() and 1 <= int(fewest) <= int(most or fewest)):
+        raise ConfigError(f"--workers {text!r} is neither a number from 1 on nor fewest:most, as in 2:8")
+    return int(fewest), int(most or fewest)
 
 
 def check(
@@ -95,13 +129,38 @@ def sample(
     typer.echo(out)
 
 
-def _config(name: str, overrides: list[str] | None, corpus: str, run: str) -> Config:
+def _print_plan(config: Config, memory: str, ranks: int) -> None:
+    """What a step takes, part by part, in the ways there are to train."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fine_tune.planner import Planner, device_memory, largest_pack, largest_stage, parse_memory, typical_pack
+
+    config = largest_stage(config)
+    limit = parse_memory(memory) if memory else device_memory(config)
+    sequences = largest_pack(config) if config.data.corpus else typical_pack(config)
+    planner = Planner(config, sequences, limit, "cpu" if config.run.device == "cpu" else "cuda", ranks)
+    parts = ("weights", "gradients", "optimizer", "average", "gathered", "activations")
+    table = Table(*parts, "all", "host", "fits", "data.budget up to", "with")
+    for candidate in planner.propose():
+        taken = candidate.memory
+        sizes = [getattr(taken, part) for part in parts]
+        sizes[0] += taken.buffers + taken.vae
+        fits = ("yes", f"{candidate.budget:,}") if candidate.fits else ("no", "")
+        numbers = (f"{size / 1e9:.3g}" for size in (*sizes, taken.total, taken.host))
+        table.add_row(*numbers, *fits, " ".join(candidate.settings) or "as configured")
+    about = f"{len(sequences)} samples, {sum(map(len, sequences)):,} tokens, {planner.usable / 1e9:.3g} GB usable"
+    typer.echo(f"GB on each of {ranks} devices ({planner.device}), for a pack of {about}; weights include the VAE's")
+    Console(width=200).print(table)
+
+
+def _config(name: str, overrides: list[str] | None, corpus: str, run: str, needs_corpus: bool = True) -> Config:
     from fine_tune.presets import ConfigError, preset
 
     given = [f"data.corpus={json.dumps(corpus)}"] if corpus else []
     given += [f"run.folder={json.dumps(run)}"] if run else []
     config = preset(name, [*given, *(overrides or [])])
-    if not config.data.corpus:
+    if needs_corpus and not config.data.corpus:
         raise ConfigError("no corpus: give --corpus, a folder made by `x2i build`")
     return config
 

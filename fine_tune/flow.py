@@ -214,7 +214,7 @@ def flow_loss(
         weighted_sums.append(error.sum() if weight is None else (error * weight).sum())
 
     sums = torch.stack(weighted_sums)
-    counts = torch.tensor([float(velocity.numel()) for velocity in velocities], device=sums.device)
+    counts = torch.tensor([float(velocity.numel()) for velocity in velocities]).to(sums.device, non_blocking=True)
     means = sums / counts
     if reduction == "token":
         loss = sums.sum() / (counts.sum() if denominator is None else denominator)

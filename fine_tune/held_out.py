@@ -63,24 +63,26 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
-        """Losses as `LossTable.read` has them."""
-        table = LossTable(TASKS, self.state.device)
+        """Losses as `LossTable.read` has them. A collective: ranks take packs in turn, all of them equally many."""
+        table, world = LossTable(TASKS, self.state.device), self.state.world
         self.state.model.eval()
-        for stored in self.batches:
-            batch = stored.to(self.state.device)
+        for first in range(0, len(self.batches), world.size):
+            number = first + world.rank
+            batch = self.batches[min(number, len(self.batches) - 1)].to(self.state.device)
             tasks = [example.task for example in batch.examples]
             latents = encode(self.state, batch, make_generators(self.state, batch))
             for t in TIMESTEPS:
                 timestep = torch.full((len(tasks),), t, device=self.state.device)
                 noise = make_generators(self.state, batch, offset=1)
                 loss, _ = compute_loss(self.state, batch, latents, noise, timestep=timestep)
-                table.add(tasks, timestep, loss.weighted, loss.unweighted)
+                if number < len(self.batches):
+                    table.add(tasks, timestep, loss.weighted, loss.unweighted)
         self.state.model.train()
-        return table.read()
+        return table.read(world.sum)
 
     @torch.no_grad()
     def draw(self, file: Path) -> None:
-        """One row per sample: its input images, the target, and what the model makes of it."""
+        """One row per sample: its input images, the target, and what the model makes of it. A collective."""
         settings = self.state.config.run
         self.state.model.eval()
         pipeline = Pipeline(self.state.model, self.state.vae, self.state.tokenizer)
@@ -104,8 +106,9 @@ class HeldOut:
                 )
             rows.append([*inputs, target, cast(Image.Image, drawn)])
         self.state.model.train()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(rows).save(file)
+        if self.state.world.rank == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image_grid(rows).save(file)
 
     def _batch(self, examples: list[Example]) -> Batch:
         layout = packing.pack(

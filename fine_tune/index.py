@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 SAMPLE_INDEX = "meta/samples"
 COLUMNS = [
-    *("key", "shard", "offset", "size", "members", "split", "task", "subtask"),
+    *("key", "shard", "index", "offset", "size", "members", "split", "task", "subtask"),
     *("instruction", "instruction_variants", "edit_source_index"),
 ]
 _KEPT_EXAMPLES = 1000
@@ -110,6 +110,12 @@ class Corpus:
         """Changes when the file does, as far as the file system tells."""
         return str(self.fs.ukey(f"{self.root}/{path}"))
 
+    def version(self) -> str:
+        """Changes when the corpus is built again."""
+        manifest = f"{self.root}/manifest.json"
+        self.fs.invalidate_cache(self.root)
+        return str(self.fs.ukey(manifest)) if self.fs.exists(manifest) else ""
+
     def row(self, stream: StreamIndex, item: int) -> dict[str, Any]:
         """What the sample index has on a sample."""
         table, number = stream.locate(item)
@@ -145,6 +151,7 @@ class StreamIndex:
         starts: int64 [tables + 1]; samples `starts[i] : starts[i + 1]` are those of table i.
         rows: int32 [N]; the row of each sample in its table.
         tokens: int32 [N]; an upper bound of the rows it takes in a pack, reached if nothing of it is dropped.
+        tokens_at: the same by longest side in pixels, for sides other than the one that `tokens` is counted for.
     """
 
     name: str
@@ -152,6 +159,7 @@ class StreamIndex:
     starts: np.ndarray
     rows: np.ndarray
     tokens: np.ndarray
+    tokens_at: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -164,6 +172,11 @@ class StreamIndex:
         """Table and row of a sample."""
         table = int(np.searchsorted(self.starts, item, side="right")) - 1
         return self.tables[table], int(self.rows[item])
+
+    @cached_property
+    def members(self) -> str:
+        """Identity of the samples and their order, whatever size they are brought to."""
+        return _digest([self.name, self.tables], self.starts, self.rows)
 
 
 @dataclass(frozen=True)
@@ -180,21 +193,37 @@ class Index:
     @cached_property
     def digest(self) -> str:
         """Identity of what is trained on: the order of samples is a function of this, the settings and the seed."""
-        total = hashlib.sha256()
-        for stream in self.streams:
-            total.update(json.dumps([stream.name, stream.tables]).encode())
-            for array in (stream.starts, stream.rows, stream.tokens):
-                total.update(np.ascontiguousarray(array).tobytes())
-        return total.hexdigest()
+        parts = [_digest([s.members, *s.tokens_at], s.tokens, *s.tokens_at.values()) for s in self.streams]
+        return _digest(parts)
+
+
+def _digest(names: Sequence[Any], *arrays: np.ndarray) -> str:
+    total = hashlib.sha256(json.dumps(names).encode())
+    for array in arrays:
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
 
 
 @dataclass(frozen=True)
 class CountRule:
-    """What decides how many tokens a sample takes, and whether it is taken at all."""
+    """What decides how many tokens a sample takes, and whether it is taken at all.
+
+    Attributes:
+        max_side: longest side of an image in pixels.
+        budget: tokens that a pack has room for.
+        other_sides: smaller sides to which samples are brought too, in turn.
+        draws: of the target of every sample.
+    """
 
     tokenizer: Tokenizer
     max_side: int
     budget: int
+    other_sides: tuple[int, ...] = ()
+    draws: int = 1
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        return (self.max_side, *self.other_sides)
 
     def tokens(self, row: Mapping[str, Any], inputs: int) -> int:
         """Most rows that the sample can take in a pack, whichever of its instructions is drawn.
@@ -220,12 +249,12 @@ class CountRule:
             raise SampleError("malformed prompt", str(error)) from error
         text = len(condition.token_ids) - len(condition.image_spans)
         shown = [_patches(input_sizes[index]) for _, _, index in condition.image_spans]
-        return tokens_of(text, shown, _patches(target_size))
+        return tokens_of(text, shown, _patches(target_size), self.draws)
 
     @cached_property
     def digest(self) -> str:
         vocabulary = json.dumps(sorted(self.tokenizer.backend.get_vocab().items()))
-        return hashlib.sha256(f"{vocabulary}\0{self.max_side}\0{self.budget}".encode()).hexdigest()
+        return hashlib.sha256(f"{vocabulary}\0{self.max_side}\0{self.budget}\0{self.draws}".encode()).hexdigest()
 
 
 def fitted_sizes(row: Mapping[str, Any], inputs: int, max_side: int) -> list[tuple[int, int]]:
@@ -250,12 +279,35 @@ def fitted_sizes(row: Mapping[str, Any], inputs: int, max_side: int) -> list[tup
 def open_index(corpus: Corpus, split: str, rule: CountRule, cache: Path | None = None, threads: int = 4) -> Index:
     """Read the sample index of a split, counting the tokens of every sample exactly.
 
-    Counting needs the tokenizer, about 5,000 samples a second on a core; the result is kept in `cache`, under a name
-    that changes with the corpus, the tokenizer and the settings.
+    Counting needs the tokenizer, about 5,000 samples a second on a core and side; the result is kept in `cache`, under
+    a name that changes with the corpus, the tokenizer and the settings.
 
     Raises:
         CorpusError: no sample index, a sample index without the fields needed, or no usable sample of the split.
     """
+    index = _open_side(corpus, split, rule, cache, threads)
+    others = {s: _open_side(corpus, split, replace(rule, max_side=s), cache, threads) for s in rule.other_sides}
+    return replace(index, streams=tuple(_with_sides(stream, others) for stream in index.streams))
+
+
+def _with_sides(stream: StreamIndex, others: Mapping[int, Index]) -> StreamIndex:
+    """The stream with its tokens at other sides. Samples that fit into a pack at the largest fit at all of them."""
+    found = {side: next(s for s in index.streams if s.name == stream.name) for side, index in others.items()}
+    return replace(stream, tokens_at={side: other.tokens[_find(stream, other)] for side, other in found.items()})
+
+
+def _find(stream: StreamIndex, other: StreamIndex) -> np.ndarray:
+    """Where the samples of a stream are in another index of it, which has them all."""
+    parts = []
+    for number, table in enumerate(stream.tables):
+        place = other.tables.index(table)
+        rows = stream.rows[stream.starts[number] : stream.starts[number + 1]]
+        among = other.rows[other.starts[place] : other.starts[place + 1]]
+        parts.append(other.starts[place] + np.searchsorted(among, rows))
+    return np.concatenate(parts)
+
+
+def _open_side(corpus: Corpus, split: str, rule: CountRule, cache: Path | None, threads: int) -> Index:
     tables = corpus.list_indexes()
     parts = [corpus.fingerprint(table) for table in tables] + [rule.digest, split]
     file = cache / f"index-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]}.npz" if cache else None

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from fine_tune.embeddings import sincos_pos_embed
 from fine_tune.model import OmniGen, OmniGenConfig
 
 StateDict = dict[str, Tensor]
+Weights = StateDict | Iterable[StateDict]
+"""All tensors of a model, or some at a time: blocks as a whole, and not more than memory has room for."""
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json")
@@ -105,11 +108,7 @@ def load_transformer(
         FileNotFoundError: no such folder, or no OmniGen checkpoint in it.
         CheckpointError: missing, unexpected or mis-shaped tensors.
     """
-    folder = resolve(source, ["transformer/*", "config.json", "model.safetensors", "model.pt"])
-    if (folder / "transformer" / "config.json").is_file():
-        folder = folder / "transformer"
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds neither transformer/config.json nor config.json")
+    folder = _transformer_folder(resolve(source, ["transformer/*", "config.json", "model.safetensors", "model.pt"]))
     values = json.loads((folder / "config.json").read_text())
     if "_class_name" in values:
         config, state = OmniGenConfig.from_dict(values), _read_safetensors(folder, DIFFUSERS_STEM)
@@ -122,6 +121,21 @@ def load_transformer(
             time_step_dim=official["time_token.mlp.0.weight"].shape[1],
         )
     return _assemble(config, state, dtype, device, attention_backend)
+
+
+def read_config(source: str | Path) -> OmniGenConfig:
+    """The architecture of what `load_transformer` would load, without its weights; raises what that does."""
+    folder = _transformer_folder(resolve(source, ["transformer/config.json", "config.json"]))
+    values = json.loads((folder / "config.json").read_text())
+    return OmniGenConfig.from_dict(values) if "_class_name" in values else _config_of_phi3(values, folder)
+
+
+def _transformer_folder(folder: Path) -> Path:
+    if (folder / "transformer" / "config.json").is_file():
+        return folder / "transformer"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds neither transformer/config.json nor config.json")
+    return folder
 
 
 def from_phi3(
@@ -197,9 +211,12 @@ def check_state(expected: StateDict, actual: StateDict) -> None:
         raise CheckpointError("the checkpoint does not fit the model; " + "; ".join(texts))
 
 
-def _check_complete(config: OmniGenConfig, state: StateDict) -> None:
+def check_complete(config: OmniGenConfig, weights: Weights) -> None:
+    """CheckpointError if a whole state is not that of a model of this config; parts cannot be checked."""
+    if not isinstance(weights, dict):
+        return
     with torch.device("meta"):
-        check_state(OmniGen(config).state_dict(), state)
+        check_state(OmniGen(config).state_dict(), weights)
 
 
 def _assemble(
@@ -218,6 +235,8 @@ def _read_safetensors(folder: Path, stem: str) -> StateDict:
     if index.is_file():
         names = set(json.loads(index.read_text())["weight_map"].values())
     missing = [name for name in sorted(names) if not (folder / name).is_file()]
+    if missing and any(folder.glob("shard-*.safetensors")):
+        raise FileNotFoundError(f"{folder} holds a model in pieces of several ranks: make one of it with `x2i export`")
     if missing:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
     return {key: value for name in sorted(names) for key, value in load_file(folder / name).items()}
@@ -281,22 +300,22 @@ def _fresh_state(config: OmniGenConfig, generator: torch.Generator) -> StateDict
     return state
 
 
-def save_transformer(directory: str | Path, config: OmniGenConfig, state: StateDict) -> None:
-    """Write ``config.json`` and ``diffusion_pytorch_model.safetensors``: a diffusers ``OmniGenTransformer2DModel``.
+def save_transformer(directory: str | Path, config: OmniGenConfig, state: Weights) -> None:
+    """Write ``config.json`` and ``diffusion_pytorch_model*.safetensors``: a diffusers ``OmniGenTransformer2DModel``.
 
     Raises:
-        CheckpointError: ``state`` is not that of a model of this config (e.g. wrapped or adapter names).
+        CheckpointError: ``state`` is a whole one, but not of a model of this config (e.g. wrapped or adapter names).
     """
-    _check_complete(config, state)
+    check_complete(config, state)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", config.to_dict())
-    _write_safetensors(folder / f"{DIFFUSERS_STEM}.safetensors", state)
+    _write_weights(folder, DIFFUSERS_STEM, state)
 
 
-def save_official(directory: str | Path, config: OmniGenConfig, state: StateDict) -> None:
-    """Write ``config.json`` and ``model.safetensors`` as VectorSpaceLab's ``OmniGen.from_pretrained`` reads them."""
-    _check_complete(config, state)
+def save_official(directory: str | Path, config: OmniGenConfig, state: Weights) -> None:
+    """Write ``config.json`` and ``model*.safetensors`` as VectorSpaceLab's ``OmniGen.from_pretrained`` reads them."""
+    check_complete(config, state)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     phi3 = {
@@ -317,13 +336,13 @@ def save_official(directory: str | Path, config: OmniGenConfig, state: StateDict
         "rope_scaling": config.rope_scaling,
     }
     _write_json(folder / "config.json", phi3)
-    _write_safetensors(folder / "model.safetensors", to_official(state))
+    _write_weights(folder, "model", state, to_official)
 
 
 def save_pipeline(
     directory: str | Path,
     config: OmniGenConfig,
-    state: StateDict,
+    state: Weights,
     *,
     vae: str | Path,
     tokenizer: str | Path,
@@ -372,5 +391,22 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def _write_safetensors(path: Path, state: StateDict) -> None:
-    save_file({key: value.contiguous() for key, value in state.items()}, path, metadata={"format": "pt"})
+def _write_weights(folder: Path, stem: str, weights: Weights, convert: Callable[[StateDict], StateDict] = dict) -> None:
+    """One file, or one per part and an index. What was there under these names goes."""
+    weight_map: dict[str, int] = {}
+    size = number = 0
+    for number, part in enumerate([weights] if isinstance(weights, dict) else weights, start=1):
+        tensors = {key: value.contiguous() for key, value in convert(part).items()}
+        save_file(tensors, folder / f".{stem}-{number}.partial", metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, number)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+    for old in folder.glob(f"{stem}*.safetensors*"):
+        old.unlink()
+    if number == 1:
+        (folder / f".{stem}-1.partial").rename(folder / f"{stem}.safetensors")
+        return
+    names = {n: f"{stem}-{n:05d}-of-{number:05d}.safetensors" for n in range(1, number + 1)}
+    for n, name in names.items():
+        (folder / f".{stem}-{n}.partial").rename(folder / name)
+    index = {"metadata": {"total_size": size}, "weight_map": {key: names[n] for key, n in weight_map.items()}}
+    _write_json(folder / f"{stem}.safetensors.index.json", index)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fine_tune.flow import timestep_bin
 from fine_tune.model import OmniGenConfig
+
+if TYPE_CHECKING:
+    from fine_tune.data import Batch
+    from fine_tune.state import TrainState
 
 T_BINS = 10
 
@@ -55,6 +60,50 @@ def peak_flops(device: torch.device, configured_tflops: float = 0.0) -> float | 
     return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
 
 
+class Meter:
+    """Speed since the last reading: tokens and steps per second, share of time spent waiting for data, MFU, memory."""
+
+    def __init__(self, state: TrainState) -> None:
+        self.state = state
+        self.peak = peak_flops(state.device, state.config.run.peak_tflops)
+        self._reset()
+
+    def start_wait(self) -> None:
+        self._wait_began = time.perf_counter()
+
+    def stop_wait(self, batches: list[Batch]) -> None:
+        self._waited += time.perf_counter() - self._wait_began
+        self._steps += 1
+        for batch in batches:
+            self._tokens += batch.pack.num_tokens
+            self._flops += training_flops(
+                self.state.model.config,
+                batch.pack.num_tokens,
+                batch.pack.attended_pairs,
+                self.state.adapter_parameters,
+            )
+
+    def read(self) -> dict[str, Any]:
+        """Per rank; call it right after the host has waited for the device."""
+        seconds = time.perf_counter() - self._began
+        report = {
+            "tokens_per_second": self._tokens / seconds,
+            "steps_per_second": self._steps / seconds,
+            "data_wait": self._waited / seconds,
+            "tflops": self._flops / seconds / 1e12,
+            "lr": float(self.state.optimizer.param_groups[0]["lr"]),
+        }
+        if self.peak:
+            report["mfu"] = self._flops / seconds / self.peak
+        if self.state.device.type == "cuda":
+            report["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.state.device) / 1e9
+        self._reset()
+        return report
+
+    def _reset(self) -> None:
+        self._began, self._waited, self._tokens, self._flops, self._steps = time.perf_counter(), 0.0, 0, 0, 0
+
+
 class LossTable:
     """Mean loss per task and timestep bin, weighted and unweighted, summed on the device of the losses."""
 
@@ -69,9 +118,13 @@ class LossTable:
         values = torch.stack([weighted, unweighted, torch.ones_like(weighted)], dim=1).double()
         self._sums.index_add_(0, rows + timestep_bin(timesteps, T_BINS), values)
 
-    def read(self) -> dict[str, Any]:
-        """Means since the last call, and start anew: `loss`, `loss_unweighted`, and both by task and by bin."""
-        weighted, unweighted, number = self._sums.to("cpu", copy=True).view(len(self.tasks), T_BINS, 3).unbind(2)
+    def read(self, total: Callable[[Tensor], Tensor] = lambda own: own) -> dict[str, Any]:
+        """Means since the last call, and start anew: `loss`, `loss_unweighted`, and both by task and by bin.
+
+        Args:
+            total: adds up a tensor over ranks, to have the means of what all of them have seen.
+        """
+        weighted, unweighted, number = total(self._sums.clone()).cpu().view(len(self.tasks), T_BINS, 3).unbind(2)
         self._sums.zero_()
         report: dict[str, Any] = {}
         for name, sums in (("loss", weighted), ("loss_unweighted", unweighted)):

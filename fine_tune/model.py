@@ -9,18 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fine_tune.attention import Attend, Backend, prepare
+from fine_tune.attention import Attend, Backend, IntervalMask, prepare
 from fine_tune.embeddings import Rope, RotaryEmbedding, rotate, sincos_pos_embed, timestep_sinusoid
 from fine_tune.packing import Pack, Size
 
 CLASS_NAME = "OmniGenTransformer2DModel"
+
+Checkpointing = Literal["none", "selective", "full"]
+"""What the backward pass computes again: nothing, all of a block but its products, or all of it."""
+
+# What selective checkpointing keeps beside matrix products.
+_ATTENTION = (
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+)
+_LOW_RANK = 64  # products with an adapter of at most this rank take no time to speak of, and as much room as others
 
 # LongRoPE factors of OmniGen-v1, one per rotary frequency (Phi-3-mini-128k; config.json of the published checkpoint).
 # fmt: off
@@ -118,7 +131,7 @@ class OmniGenConfig:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in the dtype of its input (statistics in fp32)."""
+    """Root-mean-square norm in the dtype of its input (statistics in fp32). CUDA's autocast would make it all fp32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -126,7 +139,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class TimestepEmbedding(nn.Module):
@@ -217,29 +231,49 @@ class FeedForward(nn.Module):
         return self.down_proj(up * F.silu(gate))
 
 
+def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Selective checkpointing: keep outputs of matrix products and attention, nearly all of the time of a block."""
+    if operation is torch.ops.aten.mm.default:
+        is_kept = min(args[0].shape[1], args[1].shape[1]) > _LOW_RANK
+    else:
+        is_kept = operation in _ATTENTION
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Block(nn.Module):
+    """One transformer layer. Recomputation is inside of it, so that it is compiled and sharded with the block."""
+
     def __init__(self, config: OmniGenConfig) -> None:
         super().__init__()
+        self.checkpointing: Checkpointing = "none"
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
     def forward(self, x: Tensor, rope: Rope, attend: Attend, exchange: Exchange | None = None) -> Tensor:
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self._compute(x, rope, attend, exchange)
+        keep: dict[str, Any] = {}
+        if self.checkpointing == "selective":
+            keep["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+        return checkpoint(self._compute, x, rope, attend, exchange, use_reentrant=False, **keep)
+
+    def _compute(self, x: Tensor, rope: Rope, attend: Attend, exchange: Exchange | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, attend, exchange)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class AdaLayerNorm(nn.Module):
-    """LayerNorm without weights, shifted and scaled by the time embedding of each row's sequence."""
+    """LayerNorm without weights, shifted and scaled in float32 by the time embedding of each row's draw."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.linear = nn.Linear(size, 2 * size)
 
-    def forward(self, x: Tensor, time: Tensor, sequence: Tensor) -> Tensor:
-        shift, scale = self.linear(F.silu(time)).chunk(2, dim=1)
-        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[sequence]) + shift[sequence]
+    def forward(self, x: Tensor, time: Tensor, draw: Tensor) -> Tensor:
+        shift, scale = self.linear(F.silu(time)).float().chunk(2, dim=1)
+        return (F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) * (1 + scale[draw]) + shift[draw]).to(x.dtype)
 
 
 class OmniGen(nn.Module):
@@ -250,14 +284,12 @@ class OmniGen(nn.Module):
 
     Attributes:
         attention_backend: see `fine_tune.attention.prepare`.
-        gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
 
     def __init__(self, config: OmniGenConfig, attention_backend: Backend = "auto") -> None:
         super().__init__()
         self.config = config
         self.attention_backend = attention_backend
-        self.gradient_checkpointing = False
         size = config.hidden_size
         self.patch_embedding = PatchEmbedding(config)
         self.time_token = TimestepEmbedding(config.time_step_dim, size)
@@ -284,11 +316,11 @@ class OmniGen(nn.Module):
         Args:
             pack: the layout, on the device of the model.
             input_latents: [C, h, w] per entry of ``pack.input_sizes``.
-            noisy_latents: [C, h, w] per sequence, at time t.
+            noisy_latents: [C, h, w] per draw, at time t.
             timestep: float32 [S] in [0, 1]; 0 is noise, 1 is data.
 
         Returns:
-            [C, h, w] per sequence, in the dtype of the residual stream.
+            [C, h, w] per draw, in the dtype of the residual stream.
 
         Raises:
             ValueError: latents that do not belong to the pack or are larger than the position grid, or a timestep
@@ -298,8 +330,13 @@ class OmniGen(nn.Module):
         generated, generated_rows = self._embed_generated(pack, noisy_latents, timestep)
         hidden, _ = _in_row_order([condition, generated], [condition_rows, generated_rows])
         rope = self.rope(pack.position_ids, pack.use_long_rope)
-        hidden = self._run_blocks(hidden, rope, prepare(pack.mask, self.attention_backend))
+        hidden = self._run_blocks(hidden, rope, self._prepare(pack.mask))
         return self._velocities(pack, hidden[pack.target_rows], timestep)
+
+    def set_checkpointing(self, checkpointing: Checkpointing) -> None:
+        """What the backward pass computes again of every block."""
+        for block in self.layers:
+            block.checkpointing = checkpointing  # type: ignore[assignment]
 
     def encode_condition(self, pack: Pack, input_latents: list[Tensor]) -> ConditionCache:
         """Keys and values of all condition rows, which see neither the time nor the noisy target.
@@ -310,7 +347,7 @@ class OmniGen(nn.Module):
         hidden, rows = self._embed_condition(pack, input_latents)
         cache = ConditionCache(rows, len(pack.token_ids))
         rope = self.rope(pack.position_ids[rows], pack.use_long_rope[rows])
-        attend = prepare(pack.mask.compact(rows), self.attention_backend)
+        attend = self._prepare(pack.mask.compact(rows))
         self._run_blocks(hidden, rope, attend, [cache.record] * len(self.layers))
         return cache
 
@@ -320,7 +357,7 @@ class OmniGen(nn.Module):
         """`forward` of which only the time and target rows are computed; for sampling, without gradients."""
         hidden, rows = self._embed_generated(pack, noisy_latents, timestep)
         rope = self.rope(pack.position_ids[rows], pack.use_long_rope[rows])
-        attend = prepare(pack.mask.rows(rows), self.attention_backend)
+        attend = self._prepare(pack.mask.rows(rows))
         exchanges = [cache.joined(layer, rows) for layer in range(len(self.layers))]
         hidden = self._run_blocks(hidden, rope, attend, exchanges)
         return self._velocities(pack, hidden[torch.searchsorted(rows, pack.target_rows)], timestep)
@@ -341,6 +378,9 @@ class OmniGen(nn.Module):
         dtype = self._stream_dtype()
         return _in_row_order([time.to(dtype), patches.to(dtype)], [pack.time_rows, pack.target_rows])
 
+    def _prepare(self, mask: IntervalMask) -> Attend:
+        return prepare(mask, self.attention_backend)
+
     def _stream_dtype(self) -> torch.dtype:
         weight = self.embed_tokens.weight
         device = weight.device.type
@@ -349,17 +389,12 @@ class OmniGen(nn.Module):
     def _run_blocks(
         self, hidden: Tensor, rope: Rope, attend: Attend, exchanges: list[Exchange] | None = None
     ) -> Tensor:
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for index, block in enumerate(self.layers):
-            exchange = exchanges[index] if exchanges else None
-            if recompute:
-                hidden = checkpoint(block, hidden, rope, attend, exchange, use_reentrant=False)
-            else:
-                hidden = block(hidden, rope, attend, exchange)
+            hidden = block(hidden, rope, attend, exchanges[index] if exchanges else None)
         return hidden
 
     def _velocities(self, pack: Pack, hidden: Tensor, timestep: Tensor) -> list[Tensor]:
-        hidden = self.norm_out(self.norm(hidden), self.t_embedder(timestep), pack.target_sequence)
+        hidden = self.norm_out(self.norm(hidden), self.t_embedder(timestep), pack.target_draw)
         patches = self.proj_out(hidden).split([h * w for h, w in pack.target_sizes])
         return [self._unpatchify(x, size) for x, size in zip(patches, pack.target_sizes, strict=True)]
 

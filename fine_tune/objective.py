@@ -10,6 +10,7 @@ from torch import Tensor
 from fine_tune.data import Batch
 from fine_tune.flow import FlowLoss, flow_loss, interpolate, sample_timesteps, shift_timesteps
 from fine_tune.state import TrainState
+from fine_tune.vae import Posterior
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,14 @@ def make_generators(state: TrainState, batch: Batch, offset: int = 0) -> list[to
 
 
 def encode(state: TrainState, batch: Batch, generators: list[torch.Generator]) -> Latents:
-    """Encode all images of a batch on the device, those of one size together."""
-    images = [image for example in batch.examples for image in (*example.inputs, example.target)]
-    posteriors = iter(state.vae.encode(images))
+    """Draw the latents of a batch: of cached moments, or of its images, those of one size encoded together."""
+    pixels = [image for example in batch.examples if not example.encoded for image in (*example.inputs, example.target)]
+    encoded = iter(state.vae.encode(pixels))
     weighting = state.config.flow.weighting
     shown, targets, weights = [], [], []
     for example, generator in zip(batch.examples, generators, strict=True):
-        *of_inputs, of_target = [next(posteriors) for _ in range(len(example.inputs) + 1)]
+        images = (*example.inputs, example.target)
+        *of_inputs, of_target = [Posterior.from_moments(x) if example.encoded else next(encoded) for x in images]
         inputs = [posterior.sample(generator) for posterior in of_inputs]
         shown += [inputs[index] for index in example.shown]
         targets.append(of_target.sample(generator))
@@ -60,13 +62,15 @@ def compute_loss(
     """Noise the targets, predict their velocity, compare.
 
     Args:
-        timestep: float32 [S]; drawn unless given.
+        timestep: float32 [S], one per draw of a target; drawn unless given.
         denominator: of the loss, see `flow_loss`.
 
     Returns:
         The loss, and the timesteps.
     """
     flow = state.config.flow
+    generators, targets = batch.per_draw(generators), batch.per_draw(latents.targets)
+    weights = batch.per_draw(latents.weights)
     if timestep is None:
         draws = [sample_timesteps(1, g, mean=flow.t_mean, std=flow.t_std, device=state.device) for g in generators]
         timestep = torch.cat(draws)
@@ -74,14 +78,14 @@ def compute_loss(
             tokens = torch.tensor([h * w for h, w in batch.pack.target_sizes])
             timestep = shift_timesteps(timestep, tokens.to(state.device, non_blocking=True))
     noised, velocities = [], []
-    for target, t, generator in zip(latents.targets, timestep, generators, strict=True):
+    for target, t, generator in zip(targets, timestep, generators, strict=True):
         noise = torch.randn(target.shape, generator=generator, device=target.device)
         noisy, velocity = interpolate(target, noise, t)
         noised.append(noisy)
         velocities.append(velocity)
-    # A wrapped network waits for the other ranks, which do not measure.
+    # What DDP adds to the module is only of use with gradients.
     network = state.network if torch.is_grad_enabled() else state.model
     with state.autocast():
         predictions = network(batch.pack, latents.shown, noised, timestep)
-    loss = flow_loss(predictions, velocities, latents.weights, reduction=flow.reduction, denominator=denominator)
+    loss = flow_loss(predictions, velocities, weights, reduction=flow.reduction, denominator=denominator)
     return loss, timestep

@@ -122,15 +122,31 @@ class StreamOrder:
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample to train on. It differs from other draws of the same sample by its epoch."""
+    """One sample to train on. It differs from other draws of the same sample by its epoch.
+
+    `side` is the longest side in pixels to which its images are brought, 0 for the one that the index was made for.
+    """
 
     stream: StreamIndex
     epoch: int
     item: int
+    side: int = 0
 
     @property
     def tokens(self) -> int:
-        return int(self.stream.tokens[self.item])
+        tokens = self.stream.tokens_at[self.side] if self.side else self.stream.tokens
+        return int(tokens[self.item])
+
+
+def sides_in_turn(stream: StreamIndex, epochs: np.ndarray, items: np.ndarray) -> list[int]:
+    """The side of each draw: a sample takes another one in every epoch, and all of them in as many epochs.
+
+    Where it begins is scattered (Fibonacci hashing), as samples that follow each other may be of one kind.
+    """
+    sides = [0, *stream.tokens_at]
+    scattered = (items.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
+    turns = (scattered + epochs.astype(np.uint64)) % np.uint64(len(sides))
+    return [sides[turn] for turn in turns]
 
 
 class Plan:
@@ -142,16 +158,27 @@ class Plan:
         seed: of the order.
         budget: tokens a pack has room for.
         block: samples that are mixed, shuffled and packed together.
+        after: the `cursor` of the plan that was followed before, to go on where it stopped.
     """
 
     def __init__(
-        self, index: Index, shares: Mapping[str, float], seed: int, budget: int, block: int = 512, **order: int
+        self,
+        index: Index,
+        shares: Mapping[str, float],
+        seed: int,
+        budget: int,
+        block: int = 512,
+        *,
+        after: Mapping[str, Any] | None = None,
+        **order: int,
     ) -> None:
         self.shares, self.seed, self.budget, self.size = dict(shares), seed, budget, block
         self.counts = block_counts(shares, block)
         self.streams = [stream for stream in index.streams if stream.name in shares]
         self._orders = [StreamOrder(stream.name, len(stream), seed, **order) for stream in self.streams]
-        self.identity = digest_of([index.digest, self.shares, seed, budget, block, order])
+        self._after = dict(after or {})
+        self._starts = {stream.name: _start(stream, self._after.get(stream.name)) for stream in self.streams}
+        self.identity = digest_of([index.digest, self.shares, seed, budget, block, order, self._starts])
         # The number of the first pack of every block from `_first_block` on, as far as they have been counted.
         self._first_block, self._first_packs = 0, [0]
         self.block = lru_cache(maxsize=2)(self._pack_block)
@@ -171,6 +198,24 @@ class Plan:
         if place["plan"] == self.identity:
             self._first_block, self._first_packs = place["block"], [place["first_pack"]]
 
+    def cursor(self, number: int) -> dict[str, Any]:
+        """How much of each stream was drawn before pack `number`: where a plan with other settings goes on `after`.
+
+        The block that this pack belongs to counts as drawn unless the pack is its first, so that no sample comes
+        again before its epoch is over; what is left of the block waits for the next epoch.
+        """
+        block, first = self._find(number)
+        blocks = block + (number > first)
+        own = {
+            stream.name: {
+                "members": stream.members,
+                "samples": len(stream),
+                "draws": self._starts[stream.name] + blocks * self.counts[stream.name],
+            }
+            for stream in self.streams
+        }
+        return {**self._after, **own}
+
     def _find(self, number: int) -> tuple[int, int]:
         """The block of a pack, and the first pack of that block."""
         if number < self._first_packs[0]:
@@ -185,9 +230,10 @@ class Plan:
         """The samples of a block in the order in which they are packed."""
         draws = []
         for stream, order in zip(self.streams, self._orders, strict=True):
-            count = self.counts[stream.name]
-            epochs, items = order.draws(block * count, (block + 1) * count)
-            draws += [Draw(stream, int(epoch), int(item)) for epoch, item in zip(epochs, items, strict=True)]
+            count, start = self.counts[stream.name], self._starts[stream.name]
+            epochs, items = order.draws(start + block * count, start + (block + 1) * count)
+            sides = sides_in_turn(stream, epochs, items)
+            draws += [Draw(stream, int(e), int(i), side) for e, i, side in zip(epochs, items, sides, strict=True)]
         return [draws[i] for i in generator(self.seed, str(block), "block").permutation(len(draws))]
 
     def _pack_block(self, block: int) -> list[list[Draw]]:
@@ -219,6 +265,15 @@ class Plan:
         """Share of the rows of a block's packs that hold a token; what is left would be padding."""
         packs = self.block(block)
         return sum(draw.tokens for pack in packs for draw in pack) / (len(packs) * self.budget)
+
+
+def _start(stream: StreamIndex, before: Mapping[str, Any] | None) -> int:
+    """The first draw from a stream. One that has other samples than before, in another order, begins a new epoch."""
+    if before is None:
+        return 0
+    if before["members"] == stream.members:
+        return int(before["draws"])
+    return -(-before["draws"] // before["samples"]) * len(stream)
 
 
 def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:

@@ -1,14 +1,19 @@
-"""A progress bar on a terminal, plain lines elsewhere."""
+"""What a run shows while it goes, and how it is asked to stop."""
 
 from __future__ import annotations
 
+import logging
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Task as ProgressTask
 from rich.text import Text
+
+log = logging.getLogger(__name__)
 
 
 class _Speed(ProgressColumn):
@@ -18,7 +23,7 @@ class _Speed(ProgressColumn):
 
 @contextmanager
 def show_progress(first: int, total: int, enabled: bool) -> Iterator[Callable[[int, float], None]]:
-    """Gives `update(step, loss)`."""
+    """A progress bar on a terminal, plain lines elsewhere. Gives `update(step, loss)`."""
     console = Console()
     if not (enabled and console.is_terminal):
 
@@ -38,3 +43,25 @@ def show_progress(first: int, total: int, enabled: bool) -> Iterator[Callable[[i
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("train", total=total, completed=first, loss="")
         yield lambda step, loss: bar.update(task, completed=step, loss=f"{loss:.4f}")
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+    """A list that is empty until the process is asked to stop (Ctrl-C, SIGTERM); a second request stops at once."""
+    received: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if received:
+            signal.default_int_handler(number, None)
+        received.append(number)
+        log.warning("stopping after this step; the checkpoint will be saved")
+
+    try:
+        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: whoever runs this one handles signals
+        previous = {}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

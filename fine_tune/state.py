@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 
 from fine_tune.adapters import add_adapter
 from fine_tune.layouts import load_transformer
+from fine_tune.lowbit import use_fp8
 from fine_tune.metrics import LossTable
 from fine_tune.model import OmniGen, OmniGenConfig
 from fine_tune.optim import WeightAverage, build_optimizer
+from fine_tune.parallel import World, parallelise
 from fine_tune.presets import Config, ConfigError, ModelConfig
 from fine_tune.tokens import Tokenizer
 from fine_tune.vae import FrozenVAE
@@ -23,32 +24,36 @@ from schemas.vocabulary import TASKS
 
 log = logging.getLogger(__name__)
 
-Wrap = Callable[[nn.Module], nn.Module]
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among those that train together. `wrap` makes the module that synchronises gradients (DDP)."""
-
-    rank: int = 0
-    size: int = 1
-    wrap: Wrap | None = None
-
-    def sum(self, value: Tensor) -> Tensor:
-        """Over all ranks."""
-        if self.size > 1:
-            torch.distributed.all_reduce(value)
-        return value
-
 
 @dataclass
 class StepRecord:
-    """What is looked at when the device has had the time: the losses of a step and the samples they belong to."""
+    """What is looked at when the device has had the time.
+
+    Attributes:
+        samples, losses: of this rank.
+        is_broken: > 0, on all ranks alike, if something of the step was not finite on any of them.
+    """
 
     step: int
     samples: list[str]
     losses: Tensor
     grad_norm: Tensor
+    is_broken: Tensor
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a run of several stages is.
+
+    Attributes:
+        number: of the stage, from 1.
+        first_step: steps of the stages before it.
+        after: where in the data they stopped, see `fine_tune.order.Plan.cursor`.
+    """
+
+    number: int = 1
+    first_step: int = 0
+    after: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -57,9 +62,9 @@ class TrainState:
 
     Attributes:
         model: the bare module; `network` is what is called, the same or wrapped for several ranks.
-        trained: its trained parameters by name.
+        trained: its trained parameters by name, cut over the ranks or not; see `fine_tune.parallel`.
         average: moving average of them, or None.
-        step: optimizer updates so far.
+        step: optimizer updates so far, in all stages.
         records: of the steps since the last check.
     """
 
@@ -76,11 +81,17 @@ class TrainState:
     losses: LossTable
     step: int = 0
     records: list[StepRecord] = field(default_factory=list)
+    stage: Stage = Stage()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 compute on CUDA or on bfloat16 weights, float32 otherwise."""
-        if self.device.type == "cuda" or self.config.model.dtype == "bfloat16":
-            return torch.autocast(self.device.type, torch.bfloat16)
+        return self.mixed_precision(self.device.type)
+
+    def mixed_precision(self, device: str, is_like_cuda: bool = False) -> AbstractContextManager[Any]:
+        """`autocast` for a kind of device."""
+        if device == "cuda" or is_like_cuda or self.config.model.dtype == "bfloat16":
+            # A pack uses each weight once, so a cache of casts would only keep all of them until its end.
+            return torch.autocast(device, torch.bfloat16, cache_enabled=False)
         return nullcontext()
 
     @property
@@ -102,7 +113,7 @@ def build_state(config: Config, world: World | None = None) -> TrainState:
         FileNotFoundError, CheckpointError: see `fine_tune.layouts.load_transformer`.
     """
     world = world or World()
-    device = pick_device(config.run.device)
+    device = world.device or pick_device(config.run.device)
     tokenizer, vae = load_tokenizer(config.model), load_vae(config.model, device)
     model = load_model(config.model, config.data.seed, device)
     if len(tokenizer) > model.config.vocab_size:
@@ -112,10 +123,12 @@ def build_state(config: Config, world: World | None = None) -> TrainState:
         )
     if config.model.adapter != "none":
         add_adapter(model, config.model, config.data.seed)
+    if config.model.fp8:
+        use_fp8(model, device)
     if config.model.compile:
-        for block in model.layers:
-            block.compile()
-    model.gradient_checkpointing = config.model.gradient_checkpointing
+        compile_blocks(model, device)
+    model.set_checkpointing(config.model.gradient_checkpointing)
+    network = parallelise(model, world, device, config)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     counts = [sum(p.numel() for p in parameters) for parameters in (trained.values(), model.parameters())]
     log.info("training %s of %s parameters", *(f"{count:,}" for count in counts))
@@ -124,7 +137,7 @@ def build_state(config: Config, world: World | None = None) -> TrainState:
         device=device,
         world=world,
         model=model.train(),
-        network=world.wrap(model) if world.wrap else model,
+        network=network,
         vae=vae,
         tokenizer=tokenizer,
         trained=trained,
@@ -132,6 +145,19 @@ def build_state(config: Config, world: World | None = None) -> TrainState:
         average=WeightAverage(trained, config.optim.ema_decay) if config.optim.ema_decay else None,
         losses=LossTable(TASKS, device),
     )
+
+
+def compile_blocks(model: OmniGen, device: torch.device) -> None:
+    """Compile every block; they are alike, so one compilation serves all.
+
+    Raises:
+        ConfigError: an attention backend whose code is another one for every pack.
+    """
+    backend = model.attention_backend
+    if backend == "sequential" or (backend == "auto" and device.type == "cpu"):
+        raise ConfigError("model.compile=true on a CPU needs model.attention_backend=sdpa")
+    for block in model.layers:
+        block.compile(fullgraph=True)
 
 
 def load_model(config: ModelConfig, seed: int, device: torch.device) -> OmniGen:

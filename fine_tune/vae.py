@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from typing import Any, overload
 
@@ -30,7 +33,7 @@ class Posterior:
 
     @classmethod
     def from_moments(cls, moments: Tensor) -> Posterior:
-        """From `moments` of any float dtype, e.g. cached as float16: [2C, h, w]."""
+        """From `moments` [2C, h, w] of any float dtype, as they are cached."""
         mean, logvar = moments.float().chunk(2)
         return cls(mean, logvar)
 
@@ -56,6 +59,21 @@ class FrozenVAE:
         self.scaling_factor = float(module.config.scaling_factor)
         self.shift_factor = float(module.config.shift_factor or 0.0)
         self.factor = 2 ** (len(module.config.block_out_channels) - 1)
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of all that decides a posterior: the encoder's weights and the scale. 64 hexadecimal digits.
+
+        The same weights give the same digest from a folder, from the Hub, or from a pipeline that contains them.
+        """
+        config, total = self.module.config, hashlib.sha256()
+        shape = [config.act_fn, config.norm_num_groups, config.down_block_types]
+        total.update(json.dumps([*shape, self.scaling_factor, self.shift_factor]).encode())
+        for name, tensor in sorted(self.module.state_dict().items()):
+            if name.startswith(("encoder.", "quant_conv.")):
+                total.update(f"{name}{list(tensor.shape)}".encode())
+                total.update(tensor.float().cpu().contiguous().numpy().tobytes())
+        return total.hexdigest()
 
     @classmethod
     def from_pretrained(

@@ -128,7 +128,7 @@ inputs, which input is edited and whether it is pixel-aligned with the output, c
 with models and seeds, licence and split. It has the same keys in every sample and no nulls: unknown text is `""`,
 unknown numbers are -1. `edit_mask.png` is 255 where the output may differ from the edited input. Maps and masks are
 lossless. `meta/samples/*.parquet` holds the same records with the byte range of every member.
-
+{_latents_note(manifest.get("latents", []))}
 ## Open it
 
 `root` is the folder of this file.
@@ -220,6 +220,17 @@ def _share_rows(counts: Mapping[str, Any], name: str) -> Iterator[tuple[str, ...
             total.update(subtask[name])
     for value, n in sorted(total.items(), key=lambda item: (-item[1], item[0])):
         yield value or "not stated", f"{n:,}", f"{n / counts['samples']:.1%}"
+
+
+def _latents_note(entries: Iterable[Mapping[str, Any]]) -> str:
+    """Cached latents, a line per VAE and side."""
+    lines = [
+        f"* `{entry['folder']}`: {entry['side']} px by the VAE {entry['vae_name']}, {entry['dtype']}, "
+        f"{_size(sum(shard['bytes'] for shard in entry['shards'].values()))}"
+        for entry in entries
+    ]
+    note = "Posterior moments (means and log-variances, scaled) of every input and output image, by `x2i latents`:"
+    return "\n".join(["", note, "", *lines, ""]) if lines else ""
 
 
 def _split_note(streams: Mapping[str, Any]) -> str:

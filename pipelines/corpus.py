@@ -157,7 +157,7 @@ class _Tally:
     def add(self, rows: pa.Table) -> None:
         self.samples += len(rows)
         self.bytes += pc.sum(rows["size"]).as_py()
-        output = pc.list_element(rows["members"], _output_position(rows["stream"][0].as_py()))
+        output = pc.list_element(rows["members"], output_position(rows["stream"][0].as_py()))
         self.pixels += [pc.sum(pc.struct_field(output, side)).as_py() for side in ("width", "height")]
         for flag in ("real_output", "aligned"):
             self.flags[flag] += pc.sum(rows[flag]).as_py()
@@ -182,7 +182,8 @@ class _Tally:
         }
 
 
-def _output_position(stream: str) -> int:
+def output_position(stream: str) -> int:
+    """Where the output stands among the members of a sample."""
     members = STREAMS[stream].members
     return members.index(f"output.{STREAMS[stream].output}")
 

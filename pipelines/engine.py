@@ -113,6 +113,10 @@ class Stage(ABC):
     def tasks(self) -> list[Task]:
         """All units of the stage, in output order. Reads markers and listings only."""
 
+    def is_superseded(self, marker: Marker) -> bool:
+        """Whether the outputs of a unit that the plan no longer has are to be removed."""
+        return True
+
     @abstractmethod
     def run(self, task: Task) -> Marker:
         """Do the work of one unit, write its outputs, and return the marker (the engine writes it)."""
@@ -258,7 +262,7 @@ def run_stage(
         progress(marker, False)
     markers = [fresh[t.unit] for t in tasks]
     ledger.check_conservation(stage.name, ledger.totals(m.counts for m in markers), expected)
-    _prune(context.corpus, stage.name, {t.unit for t in tasks}, done)
+    _prune(stage, {t.unit for t in tasks}, done)
     return markers
 
 
@@ -329,12 +333,12 @@ def _map_on_ray(tasks: list[Task], arguments: str, workers: int, num_gpus: float
         yield Marker(**json.loads(row["marker"]))
 
 
-def _prune(corpus: Folder, stage: str, units: set[str], done: dict[str, Marker]) -> None:
+def _prune(stage: Stage, units: set[str], done: dict[str, Marker]) -> None:
     """Remove what units left behind that the plan no longer has; the marker goes first."""
     for unit, marker in done.items():
-        if unit not in units:
-            for name in (ledger.marker_path(stage, unit), *marker.outputs):
-                corpus.remove(name)
+        if unit not in units and stage.is_superseded(marker):
+            for name in (ledger.marker_path(stage.name, unit), *marker.outputs):
+                stage.corpus.remove(name)
 
 
 def connect(address: str | None, workers: int) -> None:

@@ -1,4 +1,5 @@
 """The funnel: how many images each rule of `decide` saw and refused, and how the values it judged were distributed.
+The rules of `pair` follow, which judge candidates for pairs instead of images.
 
 Everything is read from what is published: `recipe.yaml`, `meta/ledger` and `meta/scores`.
 """
@@ -17,13 +18,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
+from builders.annotators.crop_features import CropFeatures
 from filters.decide import DERIVED, quantile_bound, with_derived
+from filters.pairs import RULES, band_of
 from pipelines import ledger
 from pipelines.recipes import RECIPE
 from pipelines.stages.decide import DecideStage
 from pipelines.stages.ingest import IngestStage
+from pipelines.stages.pair import PairStage
 from pipelines.storage import Folder
 from schemas.decide import Decide, Filter
+from schemas.recipe import Recipe
 
 BINS = 40
 _LOG_SPREAD = 20  # a column whose 99 % quantile is so many times its median is drawn on a logarithmic axis
@@ -73,9 +78,9 @@ class Step:
 
 
 def funnel(corpus: Folder) -> list[Step]:
-    """All steps of a published corpus, in the order in which they judged."""
-    rules = RECIPE.model_validate(yaml.safe_load(corpus.read_bytes("recipe.yaml"))).decide
-    return [_ingest(corpus), *_Reader(corpus, rules).steps()]
+    """All steps of a published corpus, in the order in which they judged: images, then candidates for pairs."""
+    recipe = RECIPE.model_validate(yaml.safe_load(corpus.read_bytes("recipe.yaml")))
+    return [_ingest(corpus), *_Reader(corpus, recipe.decide).steps(), *_pair_steps(corpus, recipe)]
 
 
 def histogram(values: np.ndarray, cut: float | None = None, unknown: int = 0) -> Histogram | None:
@@ -110,6 +115,35 @@ def _ledger(corpus: Folder, stage: str, columns: list[str]) -> pa.Table:
 
 def _by_number(counts: Counter[str]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _pair_steps(corpus: Folder, recipe: Recipe) -> Iterator[Step]:
+    """A step per rule that judged or refused candidates for pairs; none if the recipe has no `pair`."""
+    if recipe.pair is None:
+        return
+    rows = _ledger(corpus, PairStage.name, ["reason", "value", "detail"])
+    reason, evidence = (rows[name].to_numpy(zero_copy_only=False) for name in ("reason", "detail"))
+    vouched, similarity = evidence == "subject_id", rows["value"].to_numpy()
+    low, high = band_of(recipe.pair, recipe.annotators()[CropFeatures.name].model)
+    bounds = {
+        "too_similar": ("max", high, np.ones(len(rows), bool)),
+        "too_different": ("min", low, ~vouched),
+        "stranger": ("min", recipe.pair.min_similarity, vouched),
+    }
+    left = np.ones(len(rows), bool)
+    for rule in RULES:
+        refused = int((reason == rule).sum())
+        entered, left = left, left & (reason != rule)
+        step = Step(
+            f"pair:{rule}", "", int(entered.sum()), int(left.sum()), {f"pair:{rule}": refused} if refused else {}
+        )
+        if rule in bounds:
+            kind, bound, judged = bounds[rule]
+            step.column, step.rule, step.threshold = "similarity", f"{kind} {bound:g}", bound
+            cut = bound if kind == "min" else float(np.nextafter(bound, np.inf))  # an equal value stays
+            step.histogram = histogram(similarity[entered & judged], cut)
+        if refused or step.histogram:
+            yield step
 
 
 class _Reader:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.table import Table
 from rich.text import Text
 
 from pipelines.funnel import Histogram, Step
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _DROPPED, _KEPT = "red", "green"
@@ -40,13 +44,17 @@ def _sparkline(step: Step) -> Text:
     return line
 
 
-def _colours(step: Step, shown: Histogram) -> list[str]:
-    """Of each bin, by its middle."""
+def refused_bins(step: Step, shown: Histogram) -> list[bool]:
+    """Of each bin of a filter's histogram, by its middle, whether the filter refuses it."""
     edges = np.array(shown.edges)
     middles = np.sqrt(edges[:-1] * edges[1:]) if shown.logarithmic else (edges[:-1] + edges[1:]) / 2
     assert step.threshold is not None
     refused = middles < step.threshold if step.rule.startswith("min") else middles > step.threshold
-    return [_DROPPED if r else _KEPT for r in refused]
+    return refused.tolist()
+
+
+def _colours(step: Step, shown: Histogram) -> list[str]:
+    return [_DROPPED if refused else _KEPT for refused in refused_bins(step, shown)]
 
 
 def plot_funnel(steps: Iterable[Step], folder: Path) -> Iterator[Path]:
@@ -55,11 +63,12 @@ def plot_funnel(steps: Iterable[Step], folder: Path) -> Iterator[Path]:
     filters = [step for step in steps if step.histogram]
     for number, step in enumerate(filters, 1):
         path = folder / f"{number:02d}-{step.column}.png"
-        _plot(step, path)
+        filter_figure(step).savefig(path, metadata={"Software": None})
         yield path
 
 
-def _plot(step: Step, path: Path) -> None:
+def filter_figure(step: Step) -> Figure:
+    """The values that a filter saw, with its threshold. The step must have a histogram."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -79,4 +88,4 @@ def _plot(step: Step, path: Path) -> None:
     axes.set_ylabel("images")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
-    figure.savefig(path, metadata={"Software": None})
+    return figure

@@ -90,6 +90,16 @@ def totals(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     return {name: sum(c.get(name, 0) for c in every) for name in ("inputs", "kept", "dropped", "quarantined")}
 
 
+def reasons(corpus: Folder) -> dict[str, dict[str, dict[str, int]]]:
+    """Inputs per stage, fate and reason, from the ledgers."""
+    found: dict[str, dict[str, Counter[str]]] = {}
+    for name in corpus.list(FOLDER, ".parquet"):
+        fates = found.setdefault(name.split("/")[2], {})
+        for row in corpus.read_table(name, ["status", "reason"]).to_pylist():
+            fates.setdefault(row["status"], Counter())[row["reason"]] += 1
+    return {s: {f: dict(sorted(r.items())) for f, r in sorted(fates.items())} for s, fates in found.items()}
+
+
 def check_conservation(stage: str, counts: dict[str, int], expected: int | None = None) -> None:
     """Raise ConservationError unless every input has a fate, and inputs are as many as `expected` (if given)."""
     if counts["inputs"] != counts["kept"] + counts["dropped"] + counts["quarantined"]:

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -20,8 +19,12 @@ from PIL import Image
 from pydantic import ValidationError
 
 from pipelines.corpus import Shard, find_shards, read_index
+from pipelines.findings import Finding
+from pipelines.lint_groups import lint_groups
+from pipelines.lint_latents import lint_latents
 from pipelines.publish import tar_index
 from pipelines.storage import Folder
+from pipelines.tombstones import PATH, is_pending, read_tombstones
 from schemas.identity import KEY_PATTERN
 from schemas.instructions import lint_instruction
 from schemas.records import SampleRecord
@@ -29,18 +32,6 @@ from schemas.shards import END_OF_ARCHIVE, Member, SampleSpan, ShardError, heade
 from schemas.vocabulary import STREAMS, Stream
 
 _FORMATS = {"jpg": ("JPEG", {"RGB"}), "png": ("PNG", {"L", "RGB"})}
-
-
-@dataclass(frozen=True, order=True)
-class Finding:
-    """One broken rule. `path` is a file of the corpus, followed by `::key` when one sample is to blame."""
-
-    path: str
-    rule: str
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.rule}: {self.detail}"
 
 
 def lint(corpus: Folder) -> list[Finding]:
@@ -55,7 +46,13 @@ def lint(corpus: Folder) -> list[Finding]:
     complete = [shard for shard in shards if corpus.exists(shard.sample_index)]
     for shard in complete:
         findings += lint_shard(corpus, shard, entries.get(shard.tar))
-    return findings + lint_index(corpus, complete)
+    return [
+        *findings,
+        *lint_index(corpus, complete),
+        *lint_groups(corpus, complete),
+        *lint_latents(corpus, complete),
+        *lint_tombstones(corpus, complete),
+    ]
 
 
 def lint_shard(corpus: Folder, shard: Shard, entry: Mapping[str, Any] | None) -> list[Finding]:
@@ -105,6 +102,19 @@ def lint_index(corpus: Folder, shards: Iterable[Shard]) -> list[Finding]:
     of_parents = index["split"].take(pc.list_parent_indices(index["parents"]))
     parents = pa.table({"parent": pc.list_flatten(index["parents"]), "split": of_parents})
     return sorted([*findings, *_leaks(scenes, "scene_id"), *_leaks(parents, "parent")])
+
+
+def lint_tombstones(corpus: Folder, shards: Iterable[Shard]) -> list[Finding]:
+    """Samples that descend from an image which the corpus has forgotten."""
+    forgotten = read_tombstones(corpus)
+    findings = []
+    if is_pending(corpus):
+        findings.append(Finding(PATH, "forgotten", "forgetting has begun and not ended: run `x2i forget` again"))
+    for shard in shards if forgotten else ():
+        for row in read_index(corpus, shard, ("key", "parents")).to_pylist():
+            if gone := sorted(forgotten.keys() & set(row["parents"])):
+                findings.append(Finding(f"{shard.tar}::{row['key']}", "forgotten", f"descends from {gone[0]}"))
+    return findings
 
 
 Problem = tuple[str, str]  # rule and detail; the functions above say where

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from builders.annotators.crop_features import CropFeatures
+from builders.annotators.same_subject import SameSubject
 from filters.models import ModelMissing
 from pipelines import ledger
 from pipelines.engine import Context
@@ -9,6 +11,7 @@ from pipelines.stages.annotate import AnnotateStage
 from pipelines.stages.build import BuildStage
 from pipelines.stages.decide import DecideStage, open_blocklists
 from pipelines.stages.ingest import IngestStage
+from pipelines.stages.latents import LatentsStage
 from pipelines.stages.score import ScoreStage
 from schemas.recipe import RecipeError
 
@@ -21,7 +24,12 @@ def preflight(context: Context) -> None:
     Raises:
         RecipeError: with the recipe's line of everything that is missing.
     """
-    problems = [*_missing_models(context), *_missing_annotators(context), *_missing_in_builders(context)]
+    problems = [*_missing_models(context), *_missing_annotators(context)]
+    problems += [*_missing_in_pairs(context), *_missing_in_builders(context)]
+    try:
+        LatentsStage(context).preflight()
+    except ModelMissing as error:
+        problems.append(str(context.recipe.error(("latents", error.parameter), error.message)))
     try:
         open_blocklists(context.recipe, context.base)
     except RecipeError as error:
@@ -57,6 +65,22 @@ def _missing_annotators(context: Context) -> list[str]:
                 annotator.preflight()
         except ModelMissing as error:
             problems.append(str(recipe.error(("annotate", name, *error.parameter.split(".")), error.message)))
+    return problems
+
+
+def _missing_in_pairs(context: Context) -> list[str]:
+    recipe, rules = context.recipe, context.recipe.pair
+    if rules is None:
+        return []
+    problems = []
+    if CropFeatures.name not in recipe.annotators():
+        problem = f"this needs the annotator {CropFeatures.name}; give it a section under `annotate:`"
+        problems.append(str(recipe.error(("pair",), problem)))
+    try:
+        if rules.judge:
+            SameSubject(rules.judge).preflight()
+    except ModelMissing as error:
+        problems.append(str(recipe.error(("pair", "judge", error.parameter), error.message)))
     return problems
 
 

@@ -9,7 +9,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,9 @@ def contact_sheets(corpus: Folder, per_subtask: int = 8, seed: int = 0) -> dict[
     """The same sheets as images, by stream and subtask, for notebooks."""
     sheets = {}
     for stream in sorted({shard.stream for shard in find_shards(corpus)}):
-        for subtask, rows in sorted(_draw_rows(corpus, stream, per_subtask, seed).items()):
-            sheets[stream, subtask] = _stack(
-                f"{stream} / {subtask}", [sample_strip(row, read_members(corpus, row)) for row in rows]
-            )
+        for subtask, rows in sorted(draw_rows(corpus, stream, per_subtask, seed, _COLUMNS).items()):
+            strips = [sample_strip(row, read_members(corpus, row)) for row in rows]
+            sheets[stream, subtask] = stack(strips, f"{stream} / {subtask}")
     return sheets
 
 
@@ -88,11 +87,21 @@ def sample_strip(row: Mapping[str, Any], members: Mapping[str, bytes]) -> Image.
     return strip
 
 
-def _draw_rows(corpus: Folder, stream: str, per_subtask: int, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Up to `per_subtask` rows of each subtask, uniformly: those with the smallest random numbers so far."""
+def draw_rows(
+    corpus: Folder, stream: str, per_subtask: int, seed: int, columns: Sequence[str] | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Up to `per_subtask` index rows of each subtask of a stream, uniformly: those with the smallest random numbers.
+
+    Args:
+        corpus: a published corpus.
+        stream: which one.
+        per_subtask: at most so many.
+        seed: equal seeds draw equal samples.
+        columns: of the index, with `subtask`; None for all.
+    """
     rng = generator(seed, stream, "preview")
     drawn: dict[str, pa.Table] = {}
-    for table in iter_index(corpus, [stream], _COLUMNS):
+    for table in iter_index(corpus, [stream], columns):
         numbered = table.append_column("draw", pa.array(rng.random(len(table))))
         for subtask in pc.unique(table["subtask"]).to_pylist():
             rows = numbered.filter(pc.equal(numbered["subtask"], subtask))
@@ -101,7 +110,8 @@ def _draw_rows(corpus: Folder, stream: str, per_subtask: int, seed: int) -> dict
     return {subtask: rows.to_pylist() for subtask, rows in drawn.items()}
 
 
-def _stack(title: str, strips: list[Image.Image]) -> Image.Image:
+def stack(strips: Sequence[Image.Image], title: str) -> Image.Image:
+    """Strips below each other, below their title."""
     width = max(strip.width for strip in strips) + 2 * _GAP
     top = 3 * _GAP + _LINE
     sheet = Image.new("RGB", (width, top + sum(strip.height + _GAP for strip in strips)), _PAPER)
@@ -125,23 +135,35 @@ def _overlay(output: Image.Image, mask: Image.Image) -> Image.Image:
     return Image.composite(Image.blend(grey, Image.new("RGB", grey.size, _MASK), 0.5), grey, mask)
 
 
-def _loss_weight(output: Image.Image, mask: Image.Image) -> tuple[str, Image.Image]:
-    """The loss weight of every latent cell by the edit mask, log-scaled over the grey output, and its largest value."""
+def loss_weights(mask: Image.Image) -> np.ndarray:
+    """The loss weight that an edit mask implies for each latent cell, float32 [height // 8, width // 8]."""
     import torch
 
     from fine_tune.flow import EditWeighting
 
-    width, height = (side // _LATENT for side in output.size)
+    width, height = (side // _LATENT for side in mask.size)
     edited = torch.from_numpy(np.asarray(mask) > 0)[: height * _LATENT, : width * _LATENT]
     latents = torch.zeros(1, height, width)
-    weighting = EditWeighting(mode="mask")
-    weights = weighting.weights(latents, [latents], 0, edited)
+    weights = EditWeighting(mode="mask").weights(latents, [latents], 0, edited)
     assert weights is not None
-    strength = (weights[0].clamp(min=1).log() / math.log(weighting.high) * 255).round().byte().numpy()
-    size = (width * _LATENT, height * _LATENT)
+    return weights[0].numpy()
+
+
+def heat(weights: np.ndarray) -> np.ndarray:
+    """Loss weights on a logarithmic scale from 1 to the largest that there is, uint8 in 0..255."""
+    from fine_tune.flow import EditWeighting
+
+    return (np.log(np.maximum(weights, 1)) / math.log(EditWeighting().high) * 255).round().astype(np.uint8)
+
+
+def _loss_weight(output: Image.Image, mask: Image.Image) -> tuple[str, Image.Image]:
+    """The loss weights over the grey output, and a label with the largest of them."""
+    weights = loss_weights(mask)
+    size = (weights.shape[1] * _LATENT, weights.shape[0] * _LATENT)
     grey = output.convert("L").convert("RGB").crop((0, 0, *size))
-    heat = Image.fromarray(strength).resize(size, Image.Resampling.NEAREST)
-    return f"loss weight to {float(weights.max()):.0f}", Image.composite(Image.new("RGB", size, _HEAT), grey, heat)
+    strength = Image.fromarray(heat(weights)).resize(size, Image.Resampling.NEAREST)
+    shown = Image.composite(Image.new("RGB", size, _HEAT), grey, strength)
+    return f"loss weight to {weights.max():.0f}", shown
 
 
 def _wrap(instruction: str) -> list[str]:

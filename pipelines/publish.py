@@ -18,7 +18,10 @@ import yaml
 
 from pipelines.cards import render_card, shards_by_split
 from pipelines.corpus import Shard, find_shards, read_index, summary
+from pipelines.croissant import render_croissant
 from pipelines.storage import Folder
+from pipelines.tombstones import tombstones_digest
+from schemas import latents
 from schemas.shards import END_OF_ARCHIVE, ShardError
 from schemas.vocabulary import STREAMS
 
@@ -82,14 +85,42 @@ def publish(
         "samples": sum(s["samples"] for s in streams.values()),
         "bytes": sum(s["bytes"] for s in streams.values()),
         "streams": streams,
+        "latents": list_latents(corpus),
     }
+    if forgotten := tombstones_digest(corpus):
+        manifest["tombstones_sha256"] = forgotten
     _remove_stale(corpus, shards)
     for stream_name, stream in streams.items():
         _write_energon(corpus.sub(f"data/{stream_name}"), stream)
         corpus.write_json(_wids_path(stream_name), _wids(name, stream_name, stream))
     corpus.write_bytes("recipe.yaml", recipe_text.encode())
+    if not corpus.exists("manifest.json") or corpus.read_json("manifest.json") != manifest:
+        corpus.remove("report.html")  # it shows what was here before
+    counts = summary(corpus)
+    corpus.write_bytes("README.md", render_card(manifest, counts).encode())
+    corpus.write_json("croissant.json", render_croissant(manifest, counts))
+    corpus.write_json("manifest.json", manifest)
+
+
+def publish_latents(corpus: Folder) -> None:
+    """List the latents that a published corpus has by now in its manifest and card."""
+    manifest = corpus.read_json("manifest.json") | {"latents": list_latents(corpus)}
     corpus.write_bytes("README.md", render_card(manifest, summary(corpus)).encode())
     corpus.write_json("manifest.json", manifest)
+
+
+def list_latents(corpus: Folder) -> list[dict[str, Any]]:
+    """Manifest entries of cached latents: one per VAE and side, from what their tables say of themselves."""
+    sets: dict[str, dict[str, Any]] = {}
+    for path in corpus.list(latents.FOLDER, ".parquet"):
+        made = {k.decode(): v.decode() for k, v in (corpus.read_table(path).schema.metadata or {}).items()}
+        folder = path.rpartition("/")[0]
+        about = {name: made[name] for name in ("vae", "vae_name", "rule", "dtype")}
+        entry = sets.setdefault(folder, {"folder": folder, "side": int(made["side"]), **about, "shards": {}})
+        counts = {name: int(made[name]) for name in ("images", "bytes")}
+        digests = {name: made[name] for name in ("sha256", "shard_sha256")}
+        entry["shards"][latents.stem_of(path)] = counts | digests
+    return list(sets.values())
 
 
 def tar_index(offsets: np.ndarray, end: int) -> bytes:

@@ -41,6 +41,19 @@ def load(path: str | Path) -> Recipe:
     return recipe
 
 
+def with_images(recipe: Recipe, path: str) -> Recipe:
+    """The recipe with another path of its only source.
+
+    Raises:
+        RecipeError: it has several.
+    """
+    if len(recipe.sources) > 1:
+        names = ", ".join(source.name for source in recipe.sources)
+        problem = f"images are given for one source, and there are {names}; write the paths into the recipe"
+        raise recipe.error(("sources",), problem)
+    return recipe.model_copy(update={"sources": (recipe.sources[0].model_copy(update={"path": path}),)})
+
+
 def columns_of(recipe: Recipe) -> dict[str, pa.DataType]:
     """Every column that `decide` can judge by: of the images, derived from them, and of the recipe's scorers."""
     columns = {name: IMAGES.field(name).type for name in _OF_IMAGES} | _DERIVED
@@ -50,7 +63,7 @@ def columns_of(recipe: Recipe) -> dict[str, pa.DataType]:
 
 
 def check_columns(recipe: Recipe) -> None:
-    """Check that every column which `decide` names exists and is of the right kind.
+    """Check that every column which `decide` names, or `group` needs, exists and is of the right kind.
 
     Raises:
         RecipeError: with the line of each one that does not.
@@ -65,8 +78,10 @@ def check_columns(recipe: Recipe) -> None:
 
 
 def _wanted(recipe: Recipe) -> Iterator[tuple[tuple[Any, ...], str, str]]:
-    """Where `decide` names a column, its name, and of what kind it has to be."""
+    """Where `decide` names a column or `group` needs one, its name, and of what kind it has to be."""
     rules = recipe.decide
+    if recipe.group is not None:
+        yield ("group", "few_shot"), "phash", "phash"
     for i, one in enumerate(rules.filters):
         yield ("decide", "filters", i, "column"), one.column, "numeric"
     for i, listed in enumerate(rules.blocklists):

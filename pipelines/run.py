@@ -9,39 +9,47 @@ import yaml
 
 from pipelines import __version__, engine, ledger
 from pipelines.engine import Context, Stage
+from pipelines.forget import finish
 from pipelines.preflight import preflight
 from pipelines.progress import console, stage_progress
-from pipelines.publish import Digest, publish
+from pipelines.publish import publish, publish_latents
+from pipelines.recipes import RECIPE
 from pipelines.stages import STAGES
 from pipelines.stages.build import BuildStage
 from pipelines.stages.decide import DecideStage
+from pipelines.stages.group import GroupStage
 from pipelines.stages.ingest import IngestStage
-from pipelines.stages.pack import PackStage
+from pipelines.stages.latents import LatentsStage
+from pipelines.stages.pack import PackStage, packed_digests
 from pipelines.stages.score import ScoreStage
+from pipelines.storage import Folder
+from schemas.latents import Latents
 
 # What decides bytes: a corpus built with other versions of these may differ.
 _VERSIONED = ("numpy", "opencv-python-headless", "pillow", "pyarrow", "controlnet_aux")
 
 
 def build(context: Context, workers: int, address: str | None = None, until: str = "publish") -> None:
-    """Bring a corpus up to date with its recipe and sources.
+    """Bring a corpus up to date with its recipe and sources. An interrupted `forget` is ended first.
 
     Args:
         context: corpus, recipe and base of relative paths.
         workers: units at a time on Ray; 0 runs everything in this process without Ray.
         address: of a Ray cluster; None starts Ray on this machine.
-        until: the last stage to run: ingest, score, neighbours, decide, annotate, build, pack or publish.
+        until: the last stage to run: ingest, score, neighbours, decide, annotate, pair, build, group, pack, latents
+            or publish.
 
     Raises:
         schemas.recipe.RecipeError: a model that the recipe names is missing; nothing has run.
         pipelines.ledger.ConservationError: a stage lost an input.
     """
+    finish(context.corpus)
     has_images = context.corpus.exists("work/images")  # if not: never built, or cleaned up after publishing
     if not has_images and _is_published(context):
         return
     preflight(context)
     if not has_images:
-        for stage in (IngestStage.name, BuildStage.name):
+        for stage in (IngestStage.name, BuildStage.name, GroupStage.name):
             context.corpus.remove(f"{ledger.FOLDER}/{stage}")
     if workers:
         engine.connect(address, workers)
@@ -58,8 +66,8 @@ def build(context: Context, workers: int, address: str | None = None, until: str
 def _expected(stage: str, context: Context, kept: dict[str, int]) -> int | None:
     """How many inputs a stage has to account for, if the stages before it say so.
 
-    `neighbours` counts pairs, `annotate` leaves out finished samples, `build` makes several attempts per image, and
-    `pack` counts samples.
+    `neighbours` and `pair` count pairs, `annotate` leaves out finished samples, `build` makes several attempts per
+    image, and `pack` counts samples.
     """
     images = kept.get(IngestStage.name)
     if stage == ScoreStage.name and images is not None:
@@ -67,8 +75,29 @@ def _expected(stage: str, context: Context, kept: dict[str, int]) -> int | None:
     return images if stage == DecideStage.name else None
 
 
+def encode_latents(corpus: Folder, wanted: Latents, workers: int, address: str | None = None) -> None:
+    """Add latents to a published corpus, which needs neither its recipe nor its sources for that.
+
+    An interrupted `forget` is ended first.
+
+    Raises:
+        filters.models.ModelMissing: the VAE is not there.
+    """
+    sources = [{"name": "none", "type": "folder", "path": "."}]
+    parts = {"name": "latents", "sources": sources, "build": {}, "latents": wanted.model_dump()}
+    context = Context(corpus, RECIPE.model_validate(parts), ".")
+    finish(corpus)
+    stage = LatentsStage(context)
+    stage.preflight()
+    if workers:
+        engine.connect(address, workers)
+    _run(stage, context, workers, None)
+    publish_latents(corpus)
+
+
 def publish_parts(context: Context) -> None:
     """Pack the parts that are there and publish them, in this process."""
+    finish(context.corpus)
     _run(PackStage(context), context, 0, None)
     _publish(context)
 
@@ -96,12 +125,10 @@ def _run(stage: Stage, context: Context, workers: int, expected: int | None) -> 
 
 
 def _publish(context: Context) -> None:
-    markers = ledger.read_markers(context.corpus, PackStage.name).values()
-    shards = {name: made for m in markers for name, made in m.outputs.items() if name.endswith(".tar")}
     publish(
         context.corpus,
         context.recipe.name,
         _recipe_text(context),
         {"x2i": __version__, "python": platform.python_version()} | {name: version(name) for name in _VERSIONED},
-        {name: Digest(**made) for name, made in shards.items()},
+        packed_digests(context.corpus),
     )

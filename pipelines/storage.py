@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+TEMPORARY = ".tmp-"  # how the names of files begin that are being written
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -99,7 +101,7 @@ class Folder:
         target = self.path(name)
         if self.is_local:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=Path(target).parent)
+            handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=Path(target).parent)
         else:
             handle, temporary = tempfile.mkstemp(prefix="x2i-")
         os.close(handle)

@@ -113,3 +113,14 @@ SAMPLES = pa.schema(
         ("optout", pa.bool_()),
     ]
 )
+
+# One row per input image and target of a shard, in the order of its samples: where the image's posterior moments are.
+# The schema's metadata says of what and how they were made, see `fine_tune.latents`.
+LATENTS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("member", pa.string()),
+        ("offset", pa.int64()),  # from the start of the file, -1 if the image could not be encoded
+        ("shape", pa.list_(pa.int32())),  # 2C, h, w: means, then log-variances
+    ]
+)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 KEY_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-_UID_CHARS = 20  # 80 bits: at 10^9 images a collision has probability below 10^-6
+UID_CHARS = 20  # 80 bits: at 10^9 images a collision has probability below 10^-6
 
 
 def uid_of(data: bytes) -> str:
@@ -24,7 +24,7 @@ def sample_key(uid: str, stream: str, subtask: str, variant: int = 0) -> str:
     Raises:
         ValueError: the result would not match `[a-z0-9][a-z0-9_-]{0,63}`, which every WebDataset reader accepts.
     """
-    return check_key(f"{uid[:_UID_CHARS]}-{stream}-{subtask}-{variant}")
+    return check_key(f"{uid[:UID_CHARS]}-{stream}-{subtask}-{variant}")
 
 
 def check_key(key: str) -> str:

@@ -68,3 +68,27 @@ class ModelParams(ModelName):
     )
     batch_size: int = Field(default=16, ge=1, description="images at a time")
     num_gpus: float = Field(default=0, ge=0, description="GPUs that one worker reserves; 0.5: two workers share one")
+
+
+class VisionLanguageParams(ModelParams):
+    """A vision-language model: of transformers in this process, or behind a server that speaks OpenAI's protocol."""
+
+    plain_names: ClassVar[frozenset[str] | None] = None  # a server calls its models as it likes
+    resources: ClassVar[frozenset[str]] = ModelParams.resources | {"base_url", "api_key_env", "timeout_s"}
+
+    max_pixels: int = Field(default=1 << 19, ge=64, description="the model sees larger images scaled down to this")
+    base_url: str = Field(
+        default="",
+        pattern=r"^(https?://.+)?$",
+        description="of an OpenAI-compatible server, e.g. http://gpu1:8000/v1",
+    )
+    api_key_env: str = Field(default="", description="environment variable of the workers with the server's key")
+    timeout_s: float = Field(default=300, gt=0)
+
+    @model_validator(mode="after")
+    def _only_servers_name_freely(self) -> VisionLanguageParams:
+        if not self.base_url and not self.is_path and not self.is_hub:
+            raise ValueError(
+                f"model: {self.model!r} is neither a hub id (org/name) nor an absolute path, and no base_url is given"
+            )
+        return self

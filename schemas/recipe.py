@@ -22,6 +22,9 @@ from pydantic import (
 )
 
 from schemas.decide import Decide
+from schemas.groups import Grouping
+from schemas.latents import Latents
+from schemas.pairs import Pairing
 from schemas.sources import Source
 
 _MIB = 1 << 20
@@ -75,8 +78,11 @@ class Recipe(Section):
     score: Any = None
     decide: Decide = Decide()
     annotate: Any = None
+    pair: Pairing | None = Field(default=None, exclude_if=lambda section: section is None)
     build: Any
+    group: Grouping | None = Field(default=None, exclude_if=lambda section: section is None)
     pack: Pack = Pack()
+    latents: Latents | None = Field(default=None, exclude_if=lambda section: section is None)
     _file: str = PrivateAttr("recipe")
     _lines: dict[tuple[Any, ...], int] = PrivateAttr(default_factory=dict)
 
@@ -146,6 +152,9 @@ def parse_recipe(text: str, model: type[Recipe], file: str = "recipe") -> Recipe
         raise RecipeError(f"{file}:1: a recipe is a mapping of keys to values")
     lines: dict[tuple[Any, ...], int] = {}
     _collect_lines(node, (), lines, file)
+    for section in ("pair", "group", "latents"):
+        if section in data and data[section] is None:
+            data[section] = {}
     for section in (
         "score",
         "annotate",

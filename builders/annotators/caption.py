@@ -8,16 +8,16 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from builders.annotators.annotator import Artefact
-from builders.annotators.captioners import Answer, Captioner, HubCaptioner, ServerCaptioner, api_key
-from builders.annotators.hub import TOKENIZER, at_most, check_architecture
+from builders.annotators.captioners import Answer, Captioner, check_captioner, open_captioner
+from builders.annotators.hub import at_most
 from builders.annotators.model import ModelAnnotator
 from builders.base import SourceImage
 from builders.captions import caption_problem, normalise_caption
-from filters.models import CONFIG, PREPROCESSOR, WEIGHTS, Choice, ModelMissing
-from schemas.models import ModelParams
+from filters.models import ModelMissing
+from schemas.models import ModelParams, VisionLanguageParams
 from schemas.records import ImageRecord, Op
 
 Style = Literal["short", "long", "tags"]
@@ -40,31 +40,12 @@ _MAX_TAGS = 20
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)]*(?=\s|$)")
 
 
-class CaptionParams(ModelParams):
+class CaptionParams(VisionLanguageParams):
     """Parameters of the `caption` annotator."""
-
-    plain_names: ClassVar[frozenset[str] | None] = None  # a server calls its models as it likes
-    resources: ClassVar[frozenset[str]] = ModelParams.resources | {"base_url", "api_key_env", "timeout_s"}
 
     styles: tuple[Style, ...] = Field(default=("short", "long"), min_length=1)
     prompts: dict[Style, str] = Field(default={}, description="instead of the built-in ones")
     max_tokens: int = Field(default=320, ge=1, description="longer answers are cut after their last whole sentence")
-    max_pixels: int = Field(default=1 << 19, ge=64, description="the model sees larger images scaled down to this")
-    base_url: str = Field(
-        default="",
-        pattern=r"^(https?://.+)?$",
-        description="of an OpenAI-compatible server, e.g. http://gpu1:8000/v1",
-    )
-    api_key_env: str = Field(default="", description="environment variable of the workers with the server's key")
-    timeout_s: float = Field(default=300, gt=0)
-
-    @model_validator(mode="after")
-    def _only_servers_name_freely(self) -> CaptionParams:
-        if not self.base_url and not self.is_path and not self.is_hub:
-            raise ValueError(
-                f"model: {self.model!r} is neither a hub id (org/name) nor an absolute path, and no base_url is given"
-            )
-        return self
 
 
 class Caption(ModelAnnotator):
@@ -79,10 +60,6 @@ class Caption(ModelAnnotator):
     Params: ClassVar[type[ModelParams]] = CaptionParams
     params: CaptionParams
 
-    @property
-    def files(self) -> tuple[Choice, ...]:
-        return CONFIG, WEIGHTS, TOKENIZER, PREPROCESSOR
-
     def op(self) -> Op:
         if not self.params.base_url:
             return super().op()
@@ -93,12 +70,7 @@ class Caption(ModelAnnotator):
         return op.model_copy(update={"model": self.params.model, "revision": self.params.revision})
 
     def preflight(self) -> None:
-        if self.params.base_url:
-            self._server.check()
-            return
-        super().preflight()
-        if not self.params.trust_remote_code:
-            check_architecture(self.checkpoint, "captioner", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+        check_captioner(self.params)
         _ = self._prompts
 
     def annotate(self, images: Sequence[SourceImage]) -> list[Artefact]:
@@ -120,12 +92,7 @@ class Caption(ModelAnnotator):
 
     @cached_property
     def _captioner(self) -> Captioner:
-        return self._server if self.params.base_url else HubCaptioner(self.params)
-
-    @property
-    def _server(self) -> ServerCaptioner:
-        p = self.params
-        return ServerCaptioner(p.base_url, p.model, api_key(p.api_key_env), p.timeout_s, p.batch_size)
+        return open_captioner(self.params)
 
     @cached_property
     def _prompts(self) -> dict[str, str]:

@@ -20,10 +20,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from builders.annotators.hub import as_pictures, auto_processor
-from filters.models import ModelMissing, dtype_of, inference, load_pretrained, rounded
+from builders.annotators.hub import TOKENIZER, as_pictures, auto_processor, check_architecture
+from filters.models import (
+    CONFIG,
+    PREPROCESSOR,
+    WEIGHTS,
+    Checkpoint,
+    ModelMissing,
+    dtype_of,
+    inference,
+    load_pretrained,
+    rounded,
+)
 from schemas.codec import encode_jpeg
-from schemas.models import ModelParams
+from schemas.models import ModelParams, VisionLanguageParams
 from schemas.records import UNKNOWN
 
 if TYPE_CHECKING:
@@ -222,6 +232,35 @@ class ServerCaptioner:
         raise ModelMissing(
             "base_url", f"{self.base_url}{path} does not answer ({problem}); start the server and run again"
         )
+
+
+def open_captioner(params: VisionLanguageParams) -> Captioner:
+    """The model that a recipe section names; a model in this process loads on first use."""
+    return _server(params) if params.base_url else HubCaptioner(params)
+
+
+def check_captioner(params: VisionLanguageParams, parameter: str = "model") -> None:
+    """Check, without loading weights, that the model can be asked.
+
+    Args:
+        params: of the recipe section.
+        parameter: key that names the model, for messages.
+
+    Raises:
+        ModelMissing: it is absent, incomplete or made for something else, or its server does not answer.
+    """
+    if params.base_url:
+        _server(params).check()
+        return
+    checkpoint = Checkpoint(params, parameter)
+    checkpoint.check(CONFIG, WEIGHTS, TOKENIZER, PREPROCESSOR)
+    if not params.trust_remote_code:
+        check_architecture(checkpoint, "captioner", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+
+
+def _server(params: VisionLanguageParams) -> ServerCaptioner:
+    key = api_key(params.api_key_env)
+    return ServerCaptioner(params.base_url, params.model, key, params.timeout_s, params.batch_size)
 
 
 def api_key(variable: str) -> str:

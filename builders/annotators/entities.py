@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
+import cv2
 import numpy as np
 from pydantic import Field
 
@@ -17,12 +18,15 @@ from builders.annotators.model import ModelAnnotator
 from builders.annotators.phrases import head_noun, listed_phrases, noun_phrases, unique
 from builders.annotators.sam import Sam
 from builders.base import Rejected, SourceImage
+from builders.edit_pairs.claims import outline_contrast
 from filters.models import CONFIG, PREPROCESSOR, WEIGHTS, Checkpoint, Choice, rounded
 from schemas.masks import encode_rle
 from schemas.models import ModelName, ModelParams
 from schemas.records import Entity, ImageRecord, Op
 
 Segment = Callable[[np.ndarray, Sequence[Box]], list[tuple[np.ndarray, float]]]
+_OUTLINE_SHARE, _OUTLINE = 0.1, 5.0  # all but a tenth of a found outline differs (CIE76) from what is beside it
+_LEAST_IN_MIDDLE = 0.05  # of the photograph, for a mask without a box that says where it is
 _BORDER_PX = 1.5  # a box so close to the edge of the image reaches it
 
 
@@ -56,14 +60,19 @@ class EntitiesParams(ModelParams):
 
 class Entities(ModelAnnotator):
     """Data: `found` (entities with `mask_score` and `mask_problem`), `rejected` (phrase, box, score, reason, value),
-    and `source`, for each of the source's own entities the mask that it lacks, or {}.
+    and `source`, for each of the source's own entities the `mask` that it lacks, or {}, and the `box` found for it,
+    or [].
+
+    An entity without a mask whose box is the whole photograph is named, not located (a folder of a subject). The
+    grounder looks for it; without a grounder, GrabCut looks for what stands out in the middle. Where nothing is found,
+    the whole photograph stays its box.
 
     The source wins: what it has boxed is not found a second time. An entity whose mask is refused keeps its box.
     Thresholds follow public builders: GRIT for phrases and NMS, OpenS2V-5M and X2Edit for areas and masks.
     """
 
     name: ClassVar[str] = "entities"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     Params: ClassVar[type[ModelParams]] = EntitiesParams
     needs: ClassVar[tuple[str, ...]] = ("caption",)
     params: EntitiesParams
@@ -102,33 +111,70 @@ class Entities(ModelAnnotator):
 
     def enrich(self, record: ImageRecord, artefact: Artefact) -> ImageRecord:
         own = [
-            entity.model_copy(update={"mask": mask}) if mask else entity
-            for entity, mask in zip(record.entities, artefact.data["source"], strict=True)
+            entity.model_copy(update=_located(made))
+            for entity, made in zip(record.entities, artefact.data["source"], strict=True)
         ]
-        found = [Entity(**{key: entity[key] for key in Entity.model_fields}) for entity in artefact.data["found"]]
+        found = [
+            Entity(**{key: entity[key] for key in Entity.model_fields if key in entity})
+            for entity in artefact.data["found"]
+        ]
         return record.model_copy(update={"entities": (*own, *found)})
 
     def _phrases(self, record: ImageRecord) -> list[str]:
+        nowhere = _unlocated(record).values()
         if self.params.vocabulary:
-            return list(self.params.vocabulary)
-        return unique([*noun_phrases(record.captions.best()), *listed_phrases(record.captions.tags)])
+            return unique([*self.params.vocabulary, *nowhere])
+        return unique([*noun_phrases(record.captions.best()), *listed_phrases(record.captions.tags), *nowhere])
 
     def _describe(self, image: SourceImage, found: Iterable[Found]) -> dict[str, Any]:
         rejected: list[dict[str, Any]] = []
         accepted: list[Found] = []
-        own = [entity.box for entity in image.record.entities]
+        nowhere = _unlocated(image.record)
+        own = [entity.box for i, entity in enumerate(image.record.entities) if i not in nowhere]
         for one in sorted(_clipped(found, image.pixels.shape), key=lambda f: (-f.score, f.phrase, f.box)):
             if (why := self._problem(one.box, image.pixels.shape, own, [a.box for a in accepted])) is None:
                 accepted.append(one)
             else:
                 rejected.append({**_plain(one), "reason": why.reason, "value": rounded(why.value)})
+        source = self._source(image, accepted)
         masks = self._masks(image.pixels, [one.box for one in accepted])
-        bare = [i for i, entity in enumerate(image.record.entities) if not entity.mask]
-        source: list[dict[str, Any]] = [{} for _ in own]
-        for i, made in zip(bare, self._masks(image.pixels, [own[i] for i in bare]), strict=True):
-            source[i] = made["mask"]
         entities = [{**_plain(one), **made} for one, made in zip(accepted, masks, strict=True)]
         return {"found": entities, "rejected": rejected, "source": source}
+
+    def _source(self, image: SourceImage, accepted: list[Found]) -> list[dict[str, Any]]:
+        """`mask` and `box` for each of the source's entities. What a named one is found to be is taken from the list.
+
+        The boxes accepted are sorted by their score.
+        """
+        entities, nowhere = image.record.entities, _unlocated(image.record)
+        source: list[dict[str, Any]] = [{"mask": {}, "box": []} for _ in entities]
+        bare = [i for i, entity in enumerate(entities) if not entity.mask and i not in nowhere]
+        for i, made in zip(bare, self._masks(image.pixels, [entities[i].box for i in bare]), strict=True):
+            source[i]["mask"] = made["mask"]
+        for i, name in nowhere.items():
+            found = next((one for one in accepted if f" {one.phrase}".endswith(f" {name}")), None)
+            if found is not None:
+                accepted.remove(found)
+                source[i] = {"mask": self._masks(image.pixels, [found.box])[0]["mask"], "box": list(found.box)}
+            elif not self._finds and self.params.segmenter is not None:
+                source[i] = self._middle(image.pixels)
+        return source
+
+    def _middle(self, pixels: np.ndarray) -> dict[str, Any]:
+        """`mask` and `box` of what stands out in the middle of a photograph; empty if nothing does."""
+
+        def is_thing(picture: np.ndarray, mask: np.ndarray) -> bool:
+            clear = outline_contrast(picture, mask)
+            enough = clear.size > 0 and float(np.quantile(clear, _OUTLINE_SHARE)) >= _OUTLINE
+            return enough and _LEAST_IN_MIDDLE <= mask.mean() <= self.params.area[1]
+
+        mask, score = GrabCut(self.params.min_mask_score).locate(pixels, is_thing)
+        if not score:
+            return {"mask": {}, "box": []}
+        x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
+        box = (float(x), float(y), float(x + w), float(y + h))
+        made = self._masks(pixels, [box])[0] if self._sam_params else self._judged(box, mask, score)
+        return {"mask": made["mask"], "box": list(box) if made["mask"] else []}
 
     def _problem(self, box: Box, shape: tuple[int, ...], own: Sequence[Box], better: Sequence[Box]) -> Rejected | None:
         """Why a box is no entity, or None."""
@@ -141,7 +187,7 @@ class Entities(ModelAnnotator):
         if sum(borders) > self.params.max_borders:
             return Rejected("cut_off", sum(borders))
         for reason, others in (("source_has_it", own), ("duplicate", better)):
-            if (iou := max((_iou(box, other) for other in others), default=0.0)) > self.params.nms_iou:
+            if (iou := max((box_iou(box, other) for other in others), default=0.0)) > self.params.nms_iou:
                 return Rejected(reason, iou)
         return None
 
@@ -208,6 +254,22 @@ class Entities(ModelAnnotator):
         return {"model": GrabCut.name, "revision": GrabCut.version} if self.params.segmenter else {}
 
 
+def _unlocated(record: ImageRecord) -> dict[int, str]:
+    """Number and name of the source's subjects of which only is said that they are in the photograph."""
+    whole = (0.0, 0.0, float(record.width), float(record.height))
+    return {
+        i: (entity.label or entity.phrase).lower()
+        for i, entity in enumerate(record.entities)
+        if entity.subject_id and not entity.mask and entity.box == whole
+    }
+
+
+def _located(made: dict[str, Any]) -> dict[str, Any]:
+    """What changes in an entity."""
+    mask = {"mask": made["mask"]} if made["mask"] else {}
+    return mask | ({"box": tuple(made["box"])} if made["box"] else {})
+
+
 def _clipped(found: Iterable[Found], shape: tuple[int, ...]) -> list[Found]:
     """Boxes inside the image, to a hundredth of a pixel; those with no area are no boxes."""
     limits = np.array([shape[1], shape[0]] * 2)
@@ -219,7 +281,7 @@ def _plain(one: Found) -> dict[str, Any]:
     return {"phrase": one.phrase, "label": head_noun(one.phrase), "box": list(one.box), "score": rounded(one.score)}
 
 
-def _iou(a: Box, b: Box) -> float:
+def box_iou(a: Box, b: Box) -> float:
     """Intersection over union of two boxes."""
     wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     both = max(0.0, wide) * max(0.0, high)

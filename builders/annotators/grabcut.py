@@ -7,18 +7,21 @@ Stability is what separates an object that differs in colour from its surroundin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import cv2
 import numpy as np
 
 Box = tuple[float, float, float, float]
+Judge = Callable[[np.ndarray, np.ndarray], bool]
 _ITERATIONS = 3
 _WORKING_SIDE = 256  # GrabCut's time grows with the area; the outline is refined at full size
 _CONTEXT = 0.3  # surroundings that count as background, on each side, as a share of the box's longer side
 _LEAST_PIXELS = 64
 _JITTER = 0.04  # of the box, inwards and outwards
 _FILL = (0.15, 0.95)  # a mask that fills less of its box, or all of it, is not one
+_FRAMES = (0.1, 0.04, 0.18)  # of each side: what surrounds a thing of which only the middle is known
 _WHOLE = 0.85  # least share of the mask in its largest piece, and overlap of that piece's box with the asked one
 
 
@@ -56,6 +59,30 @@ class GrabCut:
             return nothing, 0.0
         rough = cv2.resize(piece.astype(np.uint8), (width, height), interpolation=cv2.INTER_LINEAR).astype(bool)
         return refine(image, rough), agreement
+
+    def locate(self, image: np.ndarray, is_thing: Judge) -> tuple[np.ndarray, float]:
+        """The thing in the middle of a photograph: its mask and the confidence in it, as of `segment`.
+
+        Surroundings are learnt from frames of several widths. What stands out from a frame has a box of its own, and
+        its mask is the one that is accepted for that box; the first that is also a thing counts.
+
+        Args:
+            image: uint8 RGB [H, W, 3].
+            is_thing: whether, in a picture, a boolean [H, W] mask can be the thing.
+        """
+        height, width = image.shape[:2]
+        scale = min(1.0, _WORKING_SIDE / max(height, width))
+        small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        bottom, right = small.shape[:2]
+        for margin in _FRAMES:
+            middle = (margin * right, margin * bottom, (1 - margin) * right, (1 - margin) * bottom)
+            rough = _largest_piece(_cut_box(small, middle))
+            if rough.any() and is_thing(small, rough):
+                x, y, w, h = cv2.boundingRect(rough.astype(np.uint8))
+                mask, confidence = self.segment(image, (x / scale, y / scale, (x + w) / scale, (y + h) / scale))
+                if confidence and is_thing(image, mask):
+                    return mask, confidence
+        return np.zeros((height, width), bool), 0.0
 
 
 def refine(image: np.ndarray, mask: np.ndarray, reach: float = 0.012) -> np.ndarray:

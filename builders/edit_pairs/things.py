@@ -175,7 +175,7 @@ def iter_things(image: SourceImage, masks: MaskFinder, rng: np.random.Generator)
     """The entities of an image that can be named without ambiguity, in random order."""
     entities, size = image.record.entities, image.pixels.shape[:2]
     for index in map(int, rng.permutation(len(entities))):
-        named = _name(entities, index, size)
+        named = name_alone(entities, index, size)
         if named is None:
             continue
         label = bare_name(entities[index].label)
@@ -200,7 +200,7 @@ def _without_crumbs(mask: np.ndarray) -> np.ndarray:
     return np.isin(labels, kept) if 0 < len(kept) <= _MAX_PIECES else np.zeros_like(mask)
 
 
-def _name(entities: Sequence[Entity], index: int, size: tuple[int, ...]) -> tuple[str, tuple[Placed, ...]] | None:
+def name_alone(entities: Sequence[Entity], index: int, size: tuple[int, ...]) -> tuple[str, tuple[Placed, ...]] | None:
     """A name that means this entity alone, with what its words for places claim; None if there is none."""
     entity, mask = entities[index], _box_mask(entities[index], size)
     phrase, label = bare_name(entity.phrase), bare_name(entity.label)

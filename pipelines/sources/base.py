@@ -16,7 +16,16 @@ from pipelines.sources.fields import RowParser
 from pipelines.sources.files import MAX_FILE_BYTES, SourceError, resolve, root_of
 from pipelines.storage import Folder
 from schemas.records import Captions, Entity
-from schemas.sources import FolderSource, ManifestSource, ParquetSource, Source, SourceBase, WebDatasetSource, X2ISource
+from schemas.sources import (
+    FolderSource,
+    ManifestSource,
+    ParquetSamplesSource,
+    ParquetSource,
+    Source,
+    SourceBase,
+    WebDatasetSource,
+    X2ISource,
+)
 
 __all__ = ["BadRow", "Item", "ItemReader", "Reader", "ReadySample", "Row", "SourceError", "SourceRow", "open_reader"]
 
@@ -73,7 +82,8 @@ class SourceRow:
 class ReadySample:
     """A sample that somebody else finished; `inputs` and `output` are undecoded images.
 
-    The instruction has passed the linter, and `stream` (of `schemas.vocabulary.STREAMS`) takes this many inputs.
+    The instruction and its variants have passed the linter, and `stream` (of `schemas.vocabulary.STREAMS`) takes this
+    many inputs.
     """
 
     input: str
@@ -83,6 +93,7 @@ class ReadySample:
     instruction: str
     inputs: tuple[bytes, ...]
     output: bytes
+    variants: tuple[str, ...] = ()
     scene_id: str = ""
     license: str = ""
     license_url: str = ""
@@ -172,7 +183,7 @@ def open_reader(config: Source, base_url: str) -> Reader[Any]:
     """The reader of a source section; relative paths start at `base_url`."""
     from pipelines.sources.folder import FolderReader
     from pipelines.sources.manifest import ManifestReader
-    from pipelines.sources.parquet import ParquetReader
+    from pipelines.sources.parquet import ParquetReader, ParquetSamplesReader
     from pipelines.sources.webdataset import WebDatasetReader
     from pipelines.sources.x2i import X2IReader
 
@@ -181,6 +192,7 @@ def open_reader(config: Source, base_url: str) -> Reader[Any]:
         ManifestSource: ManifestReader,
         WebDatasetSource: WebDatasetReader,
         ParquetSource: ParquetReader,
+        ParquetSamplesSource: ParquetSamplesReader,
         X2ISource: X2IReader,
     }
     return readers[type(config)](config, base_url)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,6 +19,7 @@ from pipelines.sources.files import (
     printable,
     read_file,
 )
+from schemas.records import Entity
 from schemas.sources import FolderSource
 
 _SIDECARS = ("json", "txt")
@@ -49,11 +52,16 @@ class FolderReader(ItemReader[FolderSource]):
     def read_item(self, item: Item, extra: dict[str, Any]) -> SourceRow:
         path = extra["path"]
         folder = path.rpartition("/")[0]
+        subject = path.partition("/")[0] if folder and self.config.subjects else ""
+        if self.config.subjects and not subject:
+            raise BadInput("no_subject", "it is in no folder that would name its subject")
         inside = self.root.sub(folder) if folder else self.root
         values: dict[str, Any] = {}
         for name in extra["sidecars"]:
             values |= self._sidecar(name)
-        fields = self.parser.fields(values, lambda name: read_file(inside, name), folder)
+        fields = self.parser.fields(values, lambda name: read_file(inside, name), subject or folder)
+        if subject:
+            fields["entities"] = with_subject(fields["entities"], subject, self.config.name)
         return SourceRow(item.locator, read_file(self.root, path), extension_of(path), **fields)
 
     def _sidecar(self, name: str) -> dict[str, Any]:
@@ -67,6 +75,30 @@ class FolderReader(ItemReader[FolderSource]):
         if not isinstance(row, dict):
             raise BadInput("bad_sidecar", f"{name} is a {type(row).__name__}, not an object")
         return self.parser.rename(row)
+
+
+def with_subject(entities: tuple[Entity, ...], folder: str, source: str) -> tuple[Entity, ...]:
+    """The entities, of which those that a folder of a subject names have its `subject_id`.
+
+    If there are none, the first is all of the photograph, whatever its size: `ingest` clips boxes.
+    """
+    name, subject_id = subject_name(folder), f"{source}/{printable(folder)}"
+    if not any(entity.label.lower() == name for entity in entities):
+        entities = (Entity(phrase=name, label=name, box=(0.0, 0.0, math.inf, math.inf)), *entities)
+    return tuple(
+        entity.model_copy(update={"subject_id": subject_id}) if entity.label.lower() == name else entity
+        for entity in entities
+    )
+
+
+def subject_name(folder: str) -> str:
+    """What a folder says a subject is: words in lower case, without a number at the end.
+
+    >>> subject_name("red_cartoon"), subject_name("Dog-2")
+    ('red cartoon', 'dog')
+    """
+    words = re.sub(r"[\W_]+", " ", printable(folder)).strip().lower()
+    return re.sub(r"\s*\d+$", "", words) or words or "subject"
 
 
 def sidecar_names(image: str) -> list[str]:

@@ -1,9 +1,13 @@
-"""Parquet files that hold images, as Hugging Face writes them. A row group is the smallest piece that is read."""
+"""Parquet files that hold images, or finished samples, as Hugging Face writes them.
+
+A row group is the smallest piece that is read.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -11,15 +15,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.images import BadInput
-from pipelines.sources.base import BadRow, Item, Reader, Row, SourceRow
-from pipelines.sources.fields import RowParser, require_columns
+from pipelines.sources.base import BadRow, C, Item, Reader, ReadySample, Row, SourceRow
+from pipelines.sources.fields import require_columns
 from pipelines.sources.files import SourceError, extension_of, list_files, no_files, printable
 from pipelines.sources.records import iter_rows, open_parquet
-from schemas.sources import ParquetSource
+from pipelines.sources.x2i import with_placeholders
+from schemas.sources import ParquetSamplesSource, ParquetSource
+from schemas.vocabulary import normalise_task, stream_for
 
 
-class ParquetReader(Reader[ParquetSource]):
+class RowGroupReader(Reader[C]):
     """One item per row group."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> dict[str, str]:
+        """Columns that there must be, and what they are: `image` or anything else."""
+
+    @abstractmethod
+    def row(self, name: str, values: dict[str, Any]) -> Row:
+        """What a row is, from the values of its columns.
+
+        Raises:
+            BadInput: it cannot be used.
+        """
 
     def list(self) -> Iterator[Item]:
         files = [file for file in list_files(self.url, self.root) if extension_of(file.name) == "parquet"]
@@ -33,44 +52,107 @@ class ParquetReader(Reader[ParquetSource]):
                     yield _item(file.name, file.version, group, table.metadata.row_group(group))
 
     def _check(self, name: str, schema: pa.Schema) -> None:
-        column = self.config.fields.get("image", "image")
         try:
-            require_columns(schema.names, {"image": column, **self.config.fields})
+            self.check_columns(schema.names)
         except SourceError as error:
             raise SourceError(f"{name}: {error}") from error
-        kind = schema.field(column).type
-        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            kind = kind.field("bytes").type
-        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-            raise SourceError(f"{name}: column {column!r} is {kind}, neither binary nor struct<bytes, path>")
+        for column in (column for column, what in self.columns.items() if what == "image"):
+            kind = schema.field(column).type
+            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+                kind = kind.field("bytes").type
+            if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+                raise SourceError(f"{name}: column {column!r} is {kind}, neither binary nor struct<bytes, path>")
+
+    def check_columns(self, found: Sequence[str]) -> None:
+        """Raise SourceError if a column is missing."""
+        require_columns(found, self.config.fields)
 
     def read(self, items: Iterable[Item]) -> Iterator[Row]:
         extras = ((item.locator, json.loads(item.extra)) for item in items)
         for path, groups in groupby(extras, key=lambda pair: pair[1]["path"]):
             with self.root.open(path) as stream:
                 table = open_parquet(stream, path)
-                columns = [name for name in self.parser.names if name in table.schema_arrow.names]
+                wanted = {*self.parser.names, *self.columns}
+                columns = [name for name in table.schema_arrow.names if name in wanted]
                 for locator, extra in groups:
                     for number, row in enumerate(iter_rows(table, extra["group"], columns)):
-                        yield _row(f"{locator}:{number}", row, self.parser)
+                        yield self._row(f"{locator}:{number}", row)
+
+    def _row(self, name: str, row: dict[str, Any] | Exception) -> Row:
+        if isinstance(row, UnicodeDecodeError):
+            return BadRow(name, "caption_encoding", str(row))
+        if isinstance(row, Exception):
+            return BadRow(name, "corrupt_row_group", str(row))
+        try:
+            return self.row(name, row)
+        except BadInput as error:
+            return BadRow(name, error.reason, error.detail)
 
 
-def _row(name: str, row: dict[str, Any] | Exception, parser: RowParser) -> Row:
-    if isinstance(row, UnicodeDecodeError):
-        return BadRow(name, "caption_encoding", str(row))
-    if isinstance(row, Exception):
-        return BadRow(name, "corrupt_row_group", str(row))
-    values = parser.rename(row)
-    image = values.pop("image")
-    image = image if isinstance(image, dict) else {"bytes": image}
+class ParquetReader(RowGroupReader[ParquetSource]):
+    """One image per row."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        return {self.config.fields.get("image", "image"): "image"}
+
+    def check_columns(self, found: Sequence[str]) -> None:
+        require_columns(found, {"image": next(iter(self.columns)), **self.config.fields})
+
+    def row(self, name: str, values: dict[str, Any]) -> SourceRow:
+        fields = self.parser.rename(values)
+        image, path = _image(fields.pop("image"), next(iter(self.columns)))
+        return SourceRow(
+            name, image, extension_of(path), **self.parser.fields(fields, no_files, path.rpartition("/")[0])
+        )
+
+
+class ParquetSamplesReader(RowGroupReader[ParquetSamplesSource]):
+    """One finished sample per row."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        config = self.config
+        others = [column for column in (config.instruction, config.task_column) if column]
+        return dict.fromkeys(others, "text") | dict.fromkeys((*config.inputs, config.output), "image")
+
+    def check_columns(self, found: Sequence[str]) -> None:
+        super().check_columns(found)
+        if missing := [column for column in self.columns if column not in found]:
+            remedy = "name the right ones with `inputs`, `instruction`, `output` and `task_column`"
+            raise SourceError(f"no column {' and '.join(map(repr, missing))} among {', '.join(found)}: {remedy}")
+
+    def row(self, name: str, values: dict[str, Any]) -> ReadySample:
+        config = self.config
+        *inputs, output = (_image(values[column], column)[0] for column in (*config.inputs, config.output))
+        given = values.get(config.task_column) if config.task_column else None
+        task, subtask = normalise_task(config.tasks.get(str(given), config.task))
+        texts = values[config.instruction]
+        said = texts if isinstance(texts, list) and texts else [texts]
+        limit = config.max_caption_chars
+        instruction, *variants = (
+            with_placeholders(text, len(inputs), limit) for text in said if text or text is said[0]
+        )
+        return ReadySample(
+            input=name,
+            stream=stream_for(task, len(inputs)).name,
+            task=task,
+            subtask=subtask,
+            instruction=instruction,
+            inputs=tuple(inputs),
+            output=output,
+            variants=tuple(variant for variant in dict.fromkeys(variants) if variant != instruction),
+            **self.parser.provenance(self.parser.rename(values)),
+        )
+
+
+def _image(value: Any, column: str) -> tuple[bytes, str]:
+    """Bytes and path of an image; both as Hugging Face has them."""
+    image = value if isinstance(value, dict) else {"bytes": value}
     path = image.get("path") or ""
     if image.get("bytes") is None:
-        return BadRow(name, "missing_file", f"the row holds no image bytes, only the path {path!r}")
-    try:
-        fields = parser.fields(values, no_files, path.rpartition("/")[0])
-    except BadInput as error:
-        return BadRow(name, error.reason, error.detail)
-    return SourceRow(name, image["bytes"], extension_of(path), **fields)
+        raise BadInput("missing_file", f"column {column!r} holds no image bytes, only the path {path!r}")
+    return image["bytes"], path
 
 
 def _item(name: str, version: str, group: int, metadata: pq.RowGroupMetaData) -> Item:

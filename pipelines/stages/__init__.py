@@ -9,14 +9,21 @@ from pipelines.recipes import RECIPE
 from pipelines.stages.annotate import AnnotateStage
 from pipelines.stages.build import BuildStage
 from pipelines.stages.decide import DecideStage
+from pipelines.stages.group import GroupStage
 from pipelines.stages.ingest import IngestStage
+from pipelines.stages.latents import LatentsStage
 from pipelines.stages.neighbours import NeighboursStage
 from pipelines.stages.pack import PackStage
+from pipelines.stages.pair import PairStage
 from pipelines.stages.score import ScoreStage
 from pipelines.storage import Folder
 
 STAGES: dict[str, type[Stage]] = {
-    s.name: s for s in (IngestStage, ScoreStage, NeighboursStage, DecideStage, AnnotateStage, BuildStage, PackStage)
+    s.name: s
+    for s in (
+        *(IngestStage, ScoreStage, NeighboursStage, DecideStage, AnnotateStage, PairStage),
+        *(BuildStage, GroupStage, PackStage, LatentsStage),
+    )
 }
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from pydantic import BaseModel
 
 from builders.base import Builder, Rejected, Sample, SourceImage
@@ -16,25 +14,15 @@ from builders.ready import ReadyImage, build_ready
 from builders.registry import BUILDERS
 from filters.models import content_revision
 from pipelines import ledger
-from pipelines.engine import Context, Dropped, Fate, Kept, RowStage, Task, describe
+from pipelines.engine import Context, Dropped, Fate, Kept, RowStage, Task
+from pipelines.parts import PartWriter
 from pipelines.stages.annotate import AnnotateStage, annotators_of
 from pipelines.stages.decide import DecideStage
 from pipelines.stages.ingest import IngestStage, in_source_order
-from pipelines.stages.kept import kept_images
-from schemas.arrow import SAMPLES
+from pipelines.stages.kept import enriching, kept_images
+from pipelines.stages.pair import CHOOSE, PairStage, paired, pairs_path
 from schemas.identity import digest_of, generator
 from schemas.models import ModelName, ModelParams
-from schemas.shards import encode_sample, iter_bytes
-from schemas.vocabulary import STREAMS
-
-
-def part_path(stream: str, unit: str) -> str:
-    """Samples of one unit and stream as they will stand in a shard, without the end of an archive."""
-    return f"work/parts/{stream}/{unit}.tar"
-
-
-def part_index_path(stream: str, unit: str) -> str:
-    return f"work/parts/{stream}/{unit}.parquet"
 
 
 @dataclass(frozen=True)
@@ -64,15 +52,24 @@ class BuildStage(RowStage):
         params = {n: [b.version, _spec(b.params)] for n, b in self.builders.items()}
         same_for_all = [self.version, self.recipe.seed, self.recipe.decide.splits.model_dump(mode="json"), params]
         num_gpus = max((builder.num_gpus for builder in self.builders.values()), default=0.0)
+        units = in_source_order(self.recipe, ledger.read_markers(self.corpus, IngestStage.name))
+        pairs = ledger.read_markers(self.corpus, PairStage.name)[CHOOSE].outputs if self.recipe.pair else {}
+
+        def artefacts(unit: str, annotators: Iterable[str]) -> list[tuple[str, str]]:
+            return [(name, found[part].content) for name in annotators if (part := f"{unit}.{name}") in found]
+
         tasks = []
-        for unit, marker in in_source_order(self.recipe, ledger.read_markers(self.corpus, IngestStage.name)).items():
-            artefacts = [(name, found[part].content) for name in self.annotators if (part := f"{unit}.{name}") in found]
+        for unit, marker in units.items():
             kept = verdicts[ledger.ledger_path(DecideStage.name, unit)]["kept"]
-            tasks.append(Task(unit, digest_of([same_for_all, marker.content, kept, artefacts]), {}, num_gpus))
+            work = [same_for_all, marker.content, kept, artefacts(unit, self.annotators)]
+            if chosen := pairs.get(pairs_path(unit)):
+                others = [[units[o].content, artefacts(o, enriching(self.annotators))] for o in chosen["others"]]
+                work.append([chosen["sha256"], others])
+            tasks.append(Task(unit, digest_of(work), {}, num_gpus))
         return tasks
 
     def rows(self, task: Task) -> Iterator[Attempt]:
-        for _, image in kept_images(self.corpus, task.unit, self.recipe.decide.splits, self.annotators):
+        for _, image in self._images(task.unit):
             uid = image.record.uid
             if isinstance(image, ReadyImage):
                 yield Attempt(f"{uid}/ready/sample", uid, image, "ready", "sample")
@@ -80,6 +77,11 @@ class BuildStage(RowStage):
             for name, builder in self.builders.items():
                 for attempt in builder.attempts(image.record, generator(self.recipe.seed, uid, name)):
                     yield Attempt(f"{uid}/{name}/{attempt}", uid, image, name, attempt)
+
+    def _images(self, unit: str) -> Iterator[tuple[int, SourceImage | ReadyImage]]:
+        splits = self.recipe.decide.splits
+        images = kept_images(self.corpus, unit, splits, self.annotators)
+        return paired(self.corpus, unit, splits, self.annotators, images) if self.recipe.pair else images
 
     def process(self, row: Attempt) -> tuple[Fate, list[Sample] | None]:
         if isinstance(row.image, ReadyImage):
@@ -92,7 +94,7 @@ class BuildStage(RowStage):
         return Kept(outputs=tuple(s.record.key for s in outcome)), outcome
 
     def writer(self, task: Task) -> PartWriter:
-        return PartWriter(self, task.unit)
+        return PartWriter(self.corpus, task.unit)
 
 
 def _spec(value: Any) -> Any:
@@ -108,56 +110,3 @@ def _spec(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_spec(entry) for entry in value]
     return [str(value), content_revision(value)] if isinstance(value, Path) else value
-
-
-class PartWriter:
-    """Appends samples to one tar part per stream, and writes the index of each when the unit is complete."""
-
-    def __init__(self, stage: BuildStage, unit: str) -> None:
-        self.corpus, self.unit = stage.corpus, unit
-        self.outputs: dict[str, dict[str, Any]] = {}
-        self._files: dict[str, Any] = {}
-        self._rows: dict[str, list[dict[str, Any]]] = {}
-        self._keys: set[str] = set()
-        self._stack = ExitStack()
-
-    def __enter__(self) -> PartWriter:
-        return self
-
-    def add(self, index: int, row: Attempt, samples: list[Sample]) -> None:
-        for sample in samples:
-            key, stream = sample.record.key, sample.record.stream
-            if key in self._keys:
-                raise ValueError(f"builder {row.builder} made key {key} twice in unit {self.unit}")
-            self._keys.add(key)
-            data = encode_sample(key, sample.members, STREAMS[stream])
-            self._file(stream).write(data)
-            self._append_row(sample, data)
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-        if error[0] is not None:
-            return
-        for stream, rows in self._rows.items():
-            self.corpus.write_table(part_index_path(stream, self.unit), pa.Table.from_pylist(rows, SAMPLES))
-            for name in (part_path(stream, self.unit), part_index_path(stream, self.unit)):
-                self.outputs[name] = describe(self.corpus, name)
-
-    def _file(self, stream: str) -> Any:
-        if stream not in self._files:
-            path = self._stack.enter_context(self.corpus.writing(part_path(stream, self.unit)))
-            self._files[stream] = self._stack.enter_context(path.open("wb"))
-            self._rows[stream] = []
-        return self._files[stream]
-
-    def _append_row(self, sample: Sample, data: bytes) -> None:
-        rows = self._rows[sample.record.stream]
-        start = rows[-1]["offset"] + rows[-1]["size"] if rows else 0
-        sizes = sample.image_sizes
-        members = [
-            {"name": name, "offset": start + m.offset, "size": m.size, **sizes.get(name, {"width": -1, "height": -1})}
-            for span in iter_bytes(data)
-            for name, m in span.members.items()
-        ]
-        place = {"shard": "", "index": len(rows), "offset": start, "size": len(data), "members": members}
-        rows.append({**sample.record.model_dump(mode="json"), **place})

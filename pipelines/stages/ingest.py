@@ -14,11 +14,12 @@ from typing import IO, Any
 import pyarrow as pa
 
 from filters.optout import embedded_optout
-from pipelines.engine import Context, Fate, Kept, Quarantined, RowStage, Task, describe
+from pipelines.engine import Context, Dropped, Fate, Kept, Quarantined, RowStage, Task, describe
 from pipelines.images import BadInput, Normalised, normalise, transform_geometry
 from pipelines.ledger import Marker
 from pipelines.plan import read_unit, slice_units, write_listing
 from pipelines.sources.base import BadRow, Item, ReadySample, SourceRow, open_reader
+from pipelines.tombstones import REASON, read_tombstones
 from schemas.arrow import IMAGES
 from schemas.identity import digest_of, uid_of
 from schemas.recipe import Recipe
@@ -50,7 +51,12 @@ def read_member(tar: IO[bytes], members: str, name: str) -> bytes:
 def in_source_order(recipe: Recipe, markers: dict[str, Marker]) -> dict[str, Marker]:
     """Markers of units in the order of the recipe's sources, so that an appended source comes last."""
     place = {source.name: i for i, source in enumerate(recipe.sources)}
-    return dict(sorted(markers.items(), key=lambda m: (place[m[0].rpartition("-")[0]], m[0])))
+    return dict(sorted(markers.items(), key=lambda m: (place[source_of(m[0])], m[0])))
+
+
+def source_of(unit: str) -> str:
+    """The source that a unit is of."""
+    return unit.rpartition("-")[0]
 
 
 _PUBLISHED = ("unit", "row", "uid", "width", "height", "source_width", "source_height", "license", "optout_reason")
@@ -58,11 +64,14 @@ _PUBLISHED = ("unit", "row", "uid", "width", "height", "source_width", "source_h
 
 @dataclass(frozen=True)
 class IngestRow:
-    """A row of this stage, with the identity of its content ("" if it could not even be read)."""
+    """A row of this stage, with the identity of its content ("" if it could not even be read).
+
+    Of what is forgotten nothing is left, not even where it came from.
+    """
 
     input: str
     uid: str
-    row: SourceRow | ReadySample | BadRow
+    row: SourceRow | ReadySample | BadRow | None
 
     @classmethod
     def of(cls, row: SourceRow | ReadySample | BadRow) -> IngestRow:
@@ -75,6 +84,12 @@ class IngestRow:
                 uid = ""
         return cls(row.input, uid, row)
 
+    @property
+    def uids(self) -> set[str]:
+        """Its own uid, and those of the images that a finished sample was made of."""
+        images = (*self.row.inputs, self.row.output) if isinstance(self.row, ReadySample) else ()
+        return {self.uid, *map(uid_of, images)}
+
 
 @dataclass(frozen=True)
 class Ingested:
@@ -86,7 +101,7 @@ class Ingested:
 
 class IngestStage(RowStage):
     name = "ingest"
-    version = "2"
+    version = "3"
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
@@ -110,11 +125,15 @@ class IngestStage(RowStage):
 
     def rows(self, task: Task) -> Iterator[IngestRow]:
         items: list[Item] = read_unit(self.corpus, task.payload["source"], task.payload["index"])
-        return map(IngestRow.of, self.readers[task.payload["source"]].read(items))
+        forgotten = read_tombstones(self.corpus).keys()
+        for row in map(IngestRow.of, self.readers[task.payload["source"]].read(items)):
+            yield row if not forgotten or forgotten.isdisjoint(row.uids) else IngestRow("", "", None)
 
     def process(self, row: IngestRow) -> tuple[Fate, Ingested | None]:
         try:
             match row.row:
+                case None:
+                    return Dropped(REASON), None
                 case BadRow(_, reason, detail):
                     return Quarantined(reason, detail), None
                 case SourceRow():
@@ -142,15 +161,20 @@ class IngestStage(RowStage):
         kinds = STREAMS[row.stream].image_members
         sources = dict(zip(kinds, (*row.inputs, row.output), strict=False))
         images = {m: self._normalise(data, "", lossless=m.endswith("png")) for m, data in sources.items()}
+        uids = {m: uid_of(data) for m, data in sources.items()}
         ready = {
             "task": row.task,
             "subtask": row.subtask,
             "instruction": row.instruction,
-            "images": [{"member": m, "uid": uid_of(data)} for m, data in sources.items()],
+            "variants": row.variants,
+            "images": [{"member": m, "uid": uid} for m, uid in uids.items()],
         }
         columns = {"captions": Captions().model_dump(), "entities": "[]", "ready": json.dumps(ready)}
         target = images[kinds[len(row.inputs)]]
+        # Samples of one photograph never straddle splits.
+        photograph = next((uid for m, uid in uids.items() if m.endswith("jpg")), uids[kinds[0]])
         inherited = _inherited(row, *row.inputs, row.output)
+        inherited |= {"scene_id": row.scene_id or photograph}
         return Ingested({m: i.data for m, i in images.items()}, inherited | _geometry(target) | columns)
 
     def _normalise(self, data: bytes, declared: str, lossless: bool = False) -> Normalised:

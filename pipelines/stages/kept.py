@@ -21,10 +21,8 @@ from schemas.decide import Splits
 from schemas.records import Captions, ImageRecord, Op
 
 
-def kept_images(
-    corpus: Folder, unit: str, splits: Splits, annotators: Mapping[str, Annotator]
-) -> Iterator[tuple[int, SourceImage | ReadyImage]]:
-    """Row and image of each kept one, in order. Finished samples are not annotated.
+class UnitImages:
+    """The ingested images of a unit by row, with what annotators found in them. A context manager.
 
     Args:
         corpus: where.
@@ -32,21 +30,73 @@ def kept_images(
         splits: shares of scenes held out.
         annotators: whose artefacts go with the images; they enrich the records in this order.
     """
+
+    def __init__(self, corpus: Folder, unit: str, splits: Splits, annotators: Mapping[str, Annotator]) -> None:
+        self._rows = {row["row"]: row for row in corpus.read_table(images_path(unit)).to_pylist()}
+        self._splits, self._annotators = splits, annotators
+        self._stack = ExitStack()
+        self._tar = self._stack.enter_context(corpus.open(tar_path(unit)))
+        self._found = {name: self._stack.enter_context(Artefacts(corpus, name, unit)) for name in annotators}
+
+    def __enter__(self) -> UnitImages:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def read(self, number: int) -> SourceImage | ReadyImage:
+        """The image of a row. Finished samples are not annotated."""
+        row = self._rows[number]
+        members = {name: read_member(self._tar, row["members"], name) for name in json.loads(row["members"])}
+        image = _image(_record(row, self._splits), row["ready"], members)
+        return image if isinstance(image, ReadyImage) else annotated(image, number, self._annotators, self._found)
+
+
+class AnyImages:
+    """Ingested images of any unit, by offset. A context manager that keeps the files of a few units open.
+
+    What an annotator found comes along only if it adds to the record.
+    """
+
+    open_units = 8
+
+    def __init__(self, corpus: Folder, splits: Splits, annotators: Mapping[str, Annotator]) -> None:
+        self._corpus, self._splits = corpus, splits
+        self._annotators = enriching(annotators)
+        self._open: dict[str, UnitImages] = {}
+
+    def __enter__(self) -> AnyImages:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for images in self._open.values():
+            images.__exit__(*error)
+
+    def read(self, unit: str, row: int) -> SourceImage:
+        """An image that is no finished sample."""
+        images = self._open.pop(unit, None) or UnitImages(self._corpus, unit, self._splits, self._annotators)
+        self._open[unit] = images  # the last one read stands last
+        if len(self._open) > self.open_units:
+            self._open.pop(next(iter(self._open))).__exit__(None, None, None)
+        image = images.read(row)
+        assert isinstance(image, SourceImage)
+        return image
+
+
+def enriching(annotators: Mapping[str, Annotator]) -> dict[str, Annotator]:
+    """Those of the annotators that add to records."""
+    return {name: a for name, a in annotators.items() if type(a).enrich is not Annotator.enrich}
+
+
+def kept_images(
+    corpus: Folder, unit: str, splits: Splits, annotators: Mapping[str, Annotator]
+) -> Iterator[tuple[int, SourceImage | ReadyImage]]:
+    """Row and image of each kept one of a unit, in order; see `UnitImages`."""
     verdicts = corpus.read_table(ledger.ledger_path(DecideStage.name, unit), ["row", "status"]).to_pylist()
-    kept = {v["row"] for v in verdicts if v["status"] == "kept"}
-    images = corpus.read_table(images_path(unit)).to_pylist()
-    with ExitStack() as stack:
-        tar = stack.enter_context(corpus.open(tar_path(unit)))
-        found = {name: stack.enter_context(Artefacts(corpus, name, unit)) for name in annotators}
-        for row in images:
-            if row["row"] not in kept:
-                continue
-            members = {name: read_member(tar, row["members"], name) for name in json.loads(row["members"])}
-            image = _image(_record(row, splits), row["ready"], members)
-            yield (
-                row["row"],
-                image if isinstance(image, ReadyImage) else annotated(image, row["row"], annotators, found),
-            )
+    with UnitImages(corpus, unit, splits, annotators) as images:
+        for verdict in verdicts:
+            if verdict["status"] == "kept":
+                yield verdict["row"], images.read(verdict["row"])
 
 
 def annotated(

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
+import skimage.data
+from sklearn.datasets import load_sample_image
 
+from builders.annotators.annotator import Artefact
 from builders.annotators.entities import Entities, EntitiesParams, SegmenterName
 from builders.annotators.grounders import Found, GroundingDino
 from builders.annotators.sam import Sam
@@ -133,7 +137,7 @@ def test_without_models_the_source_s_boxes_get_masks_by_grabcut(photographs: dic
     entities = Entities(EntitiesParams())
     entities.preflight()
     (artefact,) = entities.annotate([image])
-    assert artefact.data["found"] == [] and artefact.data["source"][1] == {}
+    assert artefact.data["found"] == [] and artefact.data["source"][1] == {"mask": {}, "box": []}
     first, second = entities.enrich(image.record, artefact).entities
     mask = decode_mask(first.mask, 200, 240)
     assert (mask & disk).sum() / (mask | disk).sum() > 0.95
@@ -160,3 +164,40 @@ def test_models_of_another_kind_are_refused_by_their_key(models: Path, tmp_path:
         ).preflight()
     with pytest.raises(ModelMissing, match=r"segmenter.model: .*there is no"):
         Entities(EntitiesParams(segmenter=SegmenterName(model=str(tmp_path / "none")))).preflight()
+
+
+@pytest.mark.parametrize("subject_id", ["", "toys/ball"])
+def test_a_subject_that_is_only_named_is_found_in_the_middle(subject_id: str) -> None:
+    flower = load_sample_image("flower.jpg")
+    whole = Entity(phrase="pink dahlia", label="pink dahlia", box=(0, 0, 640, 427), subject_id=subject_id)
+    image = _image(flower, entities=(whole,))
+    entities = Entities(EntitiesParams())
+    (artefact,) = entities.annotate([image])
+    (entity,) = entities.enrich(image.record, artefact).entities
+    if not subject_id:  # something that fills the photograph is where it was said to be
+        assert entity == whole
+        return
+    mask = decode_mask(entity.mask, 427, 640)
+    outline = cv2.ellipse(np.zeros((427, 640), np.uint8), (307, 222), (139, 138), 0, 0, 360, 1, -1).astype(bool)
+    assert (mask & outline).sum() / (mask | outline).sum() > 0.9
+    assert np.allclose(entity.box, (168, 84, 446, 360), atol=12) and entity.subject_id == subject_id
+
+
+def test_a_subject_that_does_not_stand_out_stays_the_whole_photograph() -> None:
+    gravel = skimage.data.gravel()[:256, :256, None].repeat(3, axis=2)
+    whole = Entity(phrase="gravel", box=(0, 0, 256, 256), subject_id="stones/gravel")
+    image = _image(gravel, entities=(whole,))
+    entities = Entities(EntitiesParams())
+    assert entities.enrich(image.record, entities.annotate([image])[0]).entities == (whole,)
+
+
+def test_a_grounder_locates_a_subject_by_its_name(photographs: dict[str, np.ndarray]) -> None:
+    height, width = photographs["cat"].shape[:2]
+    whole = Entity(phrase="cat", label="cat", box=(0, 0, width, height), subject_id="pets/cat")
+    image = _image(photographs["cat"], CAPTIONS["cat"], (whole,))
+    found = [Found("whiskers", (60, 60, 120, 120), 0.9), Found("tabby cat", (20, 20, 150, 130), 0.8)]
+    entities = Entities(EntitiesParams(segmenter=None))
+    data = entities._describe(image, found)
+    assert [one["phrase"] for one in data["found"]] == ["whiskers"]
+    first, second = entities.enrich(image.record, Artefact(data)).entities
+    assert (first.box, first.subject_id, second.phrase) == ((20, 20, 150, 130), "pets/cat", "whiskers")

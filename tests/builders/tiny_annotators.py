@@ -36,6 +36,9 @@ from transformers import (
     Sam2ImageProcessor,
     Sam2Model,
     Sam2Processor,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessor,
 )
 
 from tests.conftest import CAPTIONS
@@ -44,6 +47,11 @@ _CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# segformer_b2_clothes
+CLOTHES = (
+    *("Background", "Hat", "Hair", "Sunglasses", "Upper-clothes", "Skirt", "Pants", "Dress", "Belt", "Left-shoe"),
+    *("Right-shoe", "Face", "Left-leg", "Right-leg", "Left-arm", "Right-arm", "Bag", "Scarf"),
 )
 _QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -228,6 +236,20 @@ def save_sam2(folder: Path) -> Path:
     torch.manual_seed(4)
     processor = Sam2Processor(Sam2ImageProcessor(size={"height": 64, "width": 64}))
     return _save(_spread(Sam2Model(config)), processor, folder)
+
+
+def save_human_parser(folder: Path, labels: Sequence[str] = CLOTHES) -> Path:
+    torch.manual_seed(0)
+    config = SegformerConfig(
+        hidden_sizes=[8, 8, 16, 16],
+        depths=[1] * 4,
+        num_attention_heads=[1, 1, 2, 2],
+        decoder_hidden_size=16,
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+    )
+    processor = SegformerImageProcessor(size={"height": 64, "width": 64})
+    return _save(_spread(SegformerForSemanticSegmentation(config)), processor, folder)
 
 
 def _words() -> list[str]:

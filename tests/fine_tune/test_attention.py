@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,26 +26,31 @@ def sequences(draw: st.DrawFn) -> Sequence:
         spans.append((len(ids), len(ids) + h * w))
         inputs.append((h, w))
         ids += [0] * (h * w) + [1] * draw(st.integers(0, 5))
-    return Sequence(np.array(ids), spans, inputs, draw(sizes))
+    return Sequence(np.array(ids), spans, inputs, draw(sizes), draws=draw(st.integers(1, 3)))
 
 
 packs = st.lists(sequences(), min_size=1, max_size=4)
 
 
 def paper_mask(members: list[Sequence], total: int) -> torch.Tensor:
-    """Causal in a sequence, and bidirectional within each image; a padding row sees itself."""
-    document, image = np.full(total, -1), np.full(total, -1)
+    """Causal in a sequence, bidirectional within each image, nothing between draws; a padding row sees itself."""
+    document, image, noised = np.full(total, -1), np.full(total, -1), np.full(total, -1)
     row = image_count = 0
     for number, member in enumerate(members):
         document[row : row + len(member)] = number
-        for start, stop in [*member.image_spans, (len(member.token_ids) + 1, len(member))]:
+        step = 1 + member.num_target_tokens
+        time_rows = [len(member.token_ids) + step * draw for draw in range(member.draws)]
+        for draw, time_row in enumerate(time_rows):
+            noised[row + time_row : row + time_row + step] = draw
+        for start, stop in [*member.image_spans, *((time_row + 1, time_row + step) for time_row in time_rows)]:
             image[row + start : row + stop] = image_count
             image_count += 1
         row += len(member)
     q, k = np.arange(total)[:, None], np.arange(total)[None]
     same_document = (document[:, None] == document) & (document[:, None] >= 0)
     same_image = (image[:, None] == image) & (image[:, None] >= 0)
-    return torch.from_numpy((same_document & ((q >= k) | same_image)) | (q == k))
+    other_draw = (noised[:, None] != noised) & (noised >= 0)  # of the key; -1 is the condition
+    return torch.from_numpy((same_document & ((q >= k) | same_image) & ~other_draw) | (q == k))
 
 
 @given(packs, st.integers(0, 20))
@@ -83,8 +89,10 @@ def block_lists(mask: BlockMask) -> list[list[list[int]]]:
 
 
 def assert_same_blocks(mask: IntervalMask) -> None:
+    dense = mask.dense()
+
     def allowed(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        return (kv >= mask.lo[q]) & (kv < mask.hi[q])
+        return dense[q, kv]
 
     expected = create_block_mask(allowed, None, None, len(mask.lo), mask.kv_length, device="cpu")
     actual = mask.block_mask()
@@ -98,11 +106,13 @@ LARGE = [
     Sequence(np.ones(5, int), [], [], (3, 3)),
     Sequence(np.ones(300, int), [(3, 259)], [(16, 16)], (20, 16)),
 ]
+SHARED = [LARGE[2], replace(LARGE[3], draws=3), replace(LARGE[1], draws=2)]
 
 
-@pytest.mark.parametrize("pad_to", [None, 2304])
-def test_block_mask_equals_create_block_mask(pad_to: int | None) -> None:
-    layout = pack(LARGE, pad_to)
+@pytest.mark.parametrize("pad_to", [None, 2688])
+@pytest.mark.parametrize("members", [LARGE, SHARED])
+def test_block_mask_equals_create_block_mask(members: list[Sequence], pad_to: int | None) -> None:
+    layout = pack(members, pad_to)
     assert_same_blocks(layout.mask)
     generated = torch.cat([layout.time_rows, layout.target_rows]).sort().values
     condition = torch.cat([layout.text_rows, layout.input_rows]).sort().values
@@ -130,7 +140,7 @@ def qkv(rows: int, keys: int, heads: int, kv_heads: int) -> list[torch.Tensor]:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_backends_equal_softmax_over_the_interval(kv_heads: int) -> None:
-    layout = pack(LARGE[2:])
+    layout = pack([*LARGE[2:], replace(LARGE[2], draws=3)])
     generated = torch.cat([layout.time_rows, layout.target_rows]).sort().values
     for mask in (layout.mask, layout.mask.rows(generated)):
         q, k, v = qkv(len(mask.lo), mask.kv_length, 4, kv_heads)
@@ -160,9 +170,10 @@ flash = pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reaso
 @pytest.mark.gpu
 @cuda
 @pytest.mark.parametrize("backend", ["flex", pytest.param("flex_flash", marks=flash)])
-@pytest.mark.parametrize("pad_to", [None, 2304])
-def test_cuda_kernels_equal_sdpa(backend: str, pad_to: int | None) -> None:
-    mask = pack(LARGE, pad_to).to("cuda").mask
+@pytest.mark.parametrize("pad_to", [None, 2688])
+@pytest.mark.parametrize("members", [LARGE, SHARED])
+def test_cuda_kernels_equal_sdpa(backend: str, members: list[Sequence], pad_to: int | None) -> None:
+    mask = pack(members, pad_to).to("cuda").mask
     shape = (len(mask.lo), 8, 96)
     results = []
     for name in ("sdpa", backend):

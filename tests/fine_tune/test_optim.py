@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from fine_tune.optim import StochasticAdamW, WeightAverage, build_optimizer, learning_rate, stochastic_round
-from fine_tune.presets import OptimConfig
+from fine_tune.lowbit import plain_tensors, use_fp8
+from fine_tune.optim import (
+    StochasticAdamW,
+    WeightAverage,
+    build_optimizer,
+    learning_rate,
+    make_moments,
+    set_learning_rate,
+    stochastic_round,
+)
+from fine_tune.presets import Config, ConfigError, ModelConfig, OptimConfig
+
+has_torchao = importlib.util.find_spec("torchao") is not None
 
 
 def test_warm_up_counts_optimizer_updates() -> None:
@@ -83,10 +96,10 @@ def test_stochastic_adamw_is_adamw_but_for_the_rounding() -> None:
     assert torch.allclose(optimizers[0].state[ours]["exp_avg_sq"], optimizers[1].state[theirs]["exp_avg_sq"])
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_sr"])
-def test_a_step_marked_as_not_finite_changes_nothing(name: str) -> None:
-    parameter = nn.Parameter(torch.ones(8, dtype=torch.bfloat16 if name == "adamw_sr" else torch.float32))
-    optimizer = build_optimizer([parameter], OptimConfig(name=name, lr=0.1), seed=0)  # type: ignore[arg-type]
+@pytest.mark.parametrize("kind", [{"name": "adamw"}, {"name": "adamw_sr"}, {"offload": True}])
+def test_a_step_marked_as_not_finite_changes_nothing(kind: dict[str, Any]) -> None:
+    parameter = nn.Parameter(torch.ones(8, dtype=torch.float32 if kind == {"name": "adamw"} else torch.bfloat16))
+    optimizer = build_optimizer([parameter], OptimConfig(lr=0.1, **kind), seed=0)
 
     def step(gradient: float, found_inf: float) -> None:
         parameter.grad = torch.full_like(parameter, gradient)
@@ -144,3 +157,80 @@ def test_the_average_follows_the_weights_under_their_own_names() -> None:
     with average.applied():
         assert torch.equal(layer.weight, average.shadow["weight"])
     assert torch.equal(layer.weight, trained)
+
+
+def test_offloaded_adamw_is_adamw_in_float32_on_bfloat16_weights() -> None:
+    """Weights of the device are rounded copies: no update is lost, however small."""
+    generator = torch.Generator().manual_seed(2)
+    start = torch.empty(3000).normal_(std=0.02, generator=generator).bfloat16()
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.float())
+    config = OptimConfig(lr=2e-5, weight_decay=0.1)
+    optimizer = build_optimizer([ours], OptimConfig(lr=2e-5, weight_decay=0.1, offload=True), seed=0)
+    reference = build_optimizer([theirs], config, seed=0)
+    make_moments(optimizer)  # as resuming does
+    for step in range(20):
+        gradient = torch.randn(3000, generator=generator).bfloat16()
+        ours.grad, theirs.grad = gradient, gradient.float()
+        for each in (optimizer, reference):
+            set_learning_rate(each, 1e-5 * (1 + step % 2))
+            each.step()
+    assert torch.equal(optimizer.state[ours]["weight"], theirs)
+    assert torch.equal(ours, theirs.bfloat16())
+    assert (ours.float() != start).float().mean() < 0.9 < (theirs != start.float()).float().mean()
+
+    again = nn.Parameter(ours.detach().clone())
+    resumed = build_optimizer([again], OptimConfig(lr=2e-5, offload=True), seed=0)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.state[again]["weight"].dtype == resumed.state[again]["exp_avg"].dtype == torch.float32
+
+
+def test_optimizers_that_do_not_go_together_with_the_weights_are_refused() -> None:
+    half = ModelConfig(dtype="bfloat16")
+    for allowed in (OptimConfig(offload=True), OptimConfig(name="adamw8bit"), OptimConfig(name="adamw_sr")):
+        Config(model=half, optim=allowed)
+    with pytest.raises(ConfigError, match="adamw_sr or adamw8bit, or"):
+        Config(model=half)
+    with pytest.raises(ConfigError, match="keeps float32 states: use"):
+        Config(optim=OptimConfig(name="adamw8bit", offload=True))
+
+
+@pytest.mark.skipif(has_torchao, reason="torchao is installed")
+def test_what_needs_torchao_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"adamw8bit: torchao is not installed: pip install 'x2i\[lowbit\]'"):
+        build_optimizer([nn.Parameter(torch.ones(2))], OptimConfig(name="adamw8bit"), seed=0)
+    with pytest.raises(ConfigError, match=r"fp8=true: torchao is not installed"):
+        use_fp8(nn.Linear(2, 2), torch.device("cpu"))
+
+
+@pytest.mark.skipif(not has_torchao, reason="needs torchao")
+def test_8_bit_adamw_is_seeded_resumes_and_leaves_out_broken_steps() -> None:
+    def make(weights: torch.Tensor) -> tuple[nn.Parameter, Any]:
+        parameter = nn.Parameter(weights.clone())
+        return parameter, build_optimizer([parameter], OptimConfig(name="adamw8bit", lr=2e-5), seed=3)
+
+    def step(parameter: nn.Parameter, optimizer: Any, found_inf: float = 0.0) -> None:
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.found_inf = torch.tensor(found_inf)
+        set_learning_rate(optimizer, 2e-5)
+        optimizer.step()
+
+    start = torch.empty(64, 256).normal_(std=0.02, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole, first = make(start), make(start)
+    for _ in range(6):
+        step(*whole)
+    for _ in range(3):
+        step(*first)
+        step(*first, found_inf=1.0)
+    second = make(first[0].detach())
+    make_moments(second[1])
+    for name, value in first[1].state[first[0]].items():
+        target = plain_tensors(name, second[1].state[second[0]][name])
+        for key, tensor in plain_tensors(name, value).items():
+            target[key].copy_(tensor)
+    for _ in range(3):
+        step(*second)
+    assert torch.equal(whole[0], second[0])
+    moved = (start.float() - whole[0].float()).mean() / (6 * 2e-5)
+    assert moved.item() == pytest.approx(1.0, abs=0.05)
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        use_fp8(nn.Linear(2, 2), torch.device("cpu"))

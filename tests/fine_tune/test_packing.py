@@ -21,7 +21,7 @@ def test_layout_of_two_sequences() -> None:
     assert layout.input_rows.tolist() == [7, 8, 10]
     assert layout.time_rows.tolist() == [3, 11]
     assert layout.target_rows.tolist() == [4, 5, 12, 13, 14, 15]
-    assert layout.target_sequence.tolist() == [0, 0, 1, 1, 1, 1]
+    assert layout.target_draw.tolist() == [0, 0, 1, 1, 1, 1]
     assert layout.input_sizes == [(2, 1), (1, 1)]
     assert layout.target_sizes == [(1, 2), (2, 2)]
     assert layout.mask.lo.tolist() == [0] * 6 + [6] * 10 + [16, 17]
@@ -47,7 +47,7 @@ def test_lengths_without_tensors() -> None:
 
 def test_moves_between_devices() -> None:
     layout = pack([TEXT, EDIT]).to("meta")
-    assert {t.device.type for t in (layout.token_ids, layout.mask.lo, layout.target_sequence)} == {"meta"}
+    assert {t.device.type for t in (layout.token_ids, layout.mask.lo, layout.target_draw)} == {"meta"}
     assert layout.num_tokens == 16
 
 

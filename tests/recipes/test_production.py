@@ -26,7 +26,7 @@ from pipelines.run import build
 from pipelines.storage import Folder
 from schemas.recipe import RecipeError, load_recipe
 from tests.builders.map_models import save_depth_anything
-from tests.builders.tiny_annotators import save_grounding_dino, save_qwen_vl, save_sam2
+from tests.builders.tiny_annotators import save_grounding_dino, save_human_parser, save_qwen_vl, save_sam2
 from tests.builders.tiny_editors import save_inpainter, save_instruct_pix2pix
 from tests.conftest import CAPTIONS
 from tests.filters.tiny_models import VIT_WIDTH, save_aesthetic, save_classifier, save_clip, save_dinov2
@@ -53,6 +53,9 @@ def use_tiny_builders(recipe: dict[str, Any], root: Path) -> None:
     editors = {"inpainter": save_inpainter(root / "inpainter"), "editor": save_instruct_pix2pix(root / "editor")}
     annotate["caption"] |= _local(save_qwen_vl(root / "qwen"), max_tokens=8, num_gpus=0)
     annotate["depth"] |= _local(save_depth_anything(root / "depth"), num_gpus=0)
+    annotate["crop_features"] |= _local(root / "dinov2", num_gpus=0)
+    recipe["pair"]["judge"] |= _local(root / "qwen", max_tokens=4, num_gpus=0)
+    annotate["garments"] |= _local(save_human_parser(root / "garments"), num_gpus=0)
     annotate["entities"] |= _local(dino, segmenter=_local(sam), num_gpus=0)
     for name, folder in editors.items():
         edits[name] |= _local(folder, steps=1, resolution=64, num_gpus=0)
