@@ -216,13 +216,14 @@ def measure_speed(corpus: Folder) -> None:
     """Prints how fast the stage is on the parts of a corpus; it writes the same groups again."""
     recipe = RECIPE.model_validate(yaml.safe_load(corpus.read_bytes("recipe.yaml")))
     stage = GroupStage(Context(corpus, recipe, "."))
-    tasks, start = stage.tasks(), time.perf_counter()
+    tasks, start, cpu = stage.tasks(), time.perf_counter(), time.process_time()
     markers = [stage.run(task) for task in tasks]
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     candidates = ledger.totals(marker.counts for marker in markers)["inputs"]
     made = [name for marker in markers for name in marker.outputs if re.search(r"/few_shot_.*parquet", name)]
     groups = sum(len(corpus.read_table(name, ["key"])) for name in made)
-    print(f"{groups} groups of {candidates} samples in {seconds:.1f} s: {groups / seconds:.1f} groups/s")
+    print(f"{groups} groups of {candidates} samples in {seconds:.1f} s: {groups / seconds:.1f} groups/s", end=", ")
+    print(f"{groups / cpu:.1f} per second of CPU\n")
 
 
 def main() -> None:

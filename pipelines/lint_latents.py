@@ -12,7 +12,7 @@ import numpy as np
 from pipelines.corpus import Shard, read_index
 from pipelines.engine import describe
 from pipelines.findings import Finding
-from pipelines.storage import Folder
+from pipelines.storage import TEMPORARY, Folder
 from schemas.latents import FACTOR, FOLDER, ITEM_BYTES, RULE, image_names, stem_of
 
 _EXPONENT_BITS = {"bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00), "float32": (np.uint32, 0x7F800000)}
@@ -47,7 +47,7 @@ def lint_latents(corpus: Folder, shards: Iterable[Shard]) -> list[Finding]:
 
 def _lint_files(corpus: Folder, entries: Iterable[Mapping[str, Any]]) -> Iterator[Finding]:
     known = {f"{entry['folder']}/{stem}{end}" for entry in entries for stem in entry["shards"] for end in _ENDS}
-    found = set(corpus.list(FOLDER))
+    found = {path for path in corpus.list(FOLDER) if not path.rpartition("/")[2].startswith(TEMPORARY)}
     for path in sorted(known - found):
         yield Finding(path, "latents", "is in the manifest, but there is no such file")
     for path in sorted(found - known):
