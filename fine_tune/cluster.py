@@ -106,7 +106,8 @@ def _absolute(config: Config) -> Config:
     """Workers run in a folder of their own."""
 
     def place(name: str) -> str:
-        return name if "://" in name or not Path(name).exists() else str(Path(name).absolute())
+        is_here = bool(name) and "://" not in name and Path(name).exists()
+        return str(Path(name).absolute()) if is_here else name
 
     model = config.model
     return replace(
@@ -120,8 +121,11 @@ def _absolute(config: Config) -> Config:
 def _first_cause(error: Exception) -> str:
     """Of the ranks that failed, the one that did so by itself: when one is lost the others lose their connection."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    for rank, failure in sorted(failures.items()):
-        cause = getattr(failure, "_base_exc", failure)  # as Ray wraps it
-        if type(cause).__module__.startswith("fine_tune"):
-            return f"rank {rank}: {cause}"
-    return str(error)
+    causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}  # as Ray wraps them
+
+    def is_collateral(rank: int) -> bool:
+        cause = causes[rank]
+        return isinstance(cause, RuntimeError) and not type(cause).__module__.startswith("fine_tune")
+
+    first = min(causes, key=lambda rank: (is_collateral(rank), rank), default=None)
+    return str(error) if first is None else f"rank {first}: {causes[first]}"

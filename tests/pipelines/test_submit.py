@@ -111,6 +111,9 @@ def test_a_training_job_survives_the_loss_of_a_worker_and_of_its_driver(
         where = ["--train", "tiny", "-c", corpus, "--run", run, "--address", address, "--id", "small"]
         return x2i("submit", *settings, f"steps={steps}", *where, "--workers", workers, *options)
 
+    def has_ended(job: str) -> bool:
+        return client.get_job_status(job).is_terminal()
+
     def connected() -> bool:
         with contextlib.suppress(submit.SubmitError):
             return bool(submit.connect(address))
@@ -120,13 +123,15 @@ def test_a_training_job_survives_the_loss_of_a_worker_and_of_its_driver(
     client = submit.connect(address)
     code, out = submitted(1000, 2, "--no-follow")
     assert code == 0 and "job small-1;" in out
-    wait_until(lambda: done() >= 3, "step 3")
+    wait_until(lambda: done() >= 3 or has_ended("small-1"), "step 3")
+    assert not has_ended("small-1"), client.get_job_logs("small-1")
     assert "job small-1;" in submitted(1000, 2, "--no-follow")[1], "what is at work is not started twice"
     kill(cluster, "RayTrainWorker")
     before = done()
-    wait_until(lambda: done() > before + 2, "another start of the workers")
+    wait_until(lambda: done() > before + 2 or has_ended("small-1"), "another start of the workers")
+    assert not has_ended("small-1"), client.get_job_logs("small-1")
     kill(cluster, "pipelines.cli train")
-    wait_until(lambda: client.get_job_status("small-1").is_terminal(), "the end of the job")
+    wait_until(lambda: has_ended("small-1"), "the end of the job")
 
     steps = int(find_checkpoints(run)[-1].name.removeprefix("step-")) + 2
     code, out = submitted(steps, 3)
