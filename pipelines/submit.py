@@ -216,9 +216,9 @@ def stop(client: JobSubmissionClient, job: str) -> None:
     Raises:
         SubmitError: there is no such job, or it does not stop.
     """
-    known = [details.submission_id for details in client.list_jobs()]
+    known = sorted(filter(None, (details.submission_id for details in client.list_jobs())))
     if job not in known:
-        raise SubmitError(f"there is no job {job}; there are {', '.join(filter(None, known)) or 'none'}")
+        raise SubmitError(f"there is no job {job}; there are {', '.join(known) or 'none'}")
     client.stop_job(job)
     deadline = time.monotonic() + _STOPPED_WITHIN_S
     while not client.get_job_status(job).is_terminal():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from fine_tune.sample import Pipeline
 from fine_tune.state import TrainState, build_state
 from fine_tune.train import train
 
+needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
 DATA = {"digest": "of the data", "next_pack": 0}
 
 
@@ -44,7 +46,16 @@ def test_what_is_saved_is_a_diffusers_checkpoint(small_config: Callable[..., Con
     assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize("settings", [["ema_decay=0.9"], ["adapter=lora"], ["dtype=bfloat16", "name=adamw_sr"]])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["ema_decay=0.9"],
+        ["adapter=lora"],
+        ["dtype=bfloat16", "name=adamw_sr"],
+        ["dtype=bfloat16", "offload=true"],
+        pytest.param(["dtype=bfloat16", "name=adamw8bit"], marks=needs_torchao),
+    ],
+)
 def test_loading_restores_everything(small_config: Callable[..., Config], tmp_path: Path, settings: list[str]) -> None:
     state = updated(small_config(*settings))
     if state.average is not None:

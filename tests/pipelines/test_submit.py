@@ -64,12 +64,9 @@ def head() -> Iterator[tuple[str, psutil.Process]]:
     try:
         yield f"http://127.0.0.1:{dashboard}", cluster
     finally:
-        members = cluster.children(recursive=True)
-        process.terminate()
-        for member in psutil.wait_procs(members, timeout=20)[1]:
+        for member in [*cluster.children(recursive=True), cluster]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
-        process.kill()
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -81,14 +78,16 @@ def wait_until(is_so: Callable[[], object], what: str) -> None:
         time.sleep(0.05)
 
 
-def kill(cluster: psutil.Process, words: str) -> None:
-    """SIGKILL to one process of the cluster with these words in its command."""
+def kill(cluster: psutil.Process, words: str, all_of_them: bool = False) -> None:
+    """SIGKILL to one process of the cluster with these words in its command, or to all: a shell may stand before it."""
+    found = []
     for process in cluster.children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if words in " ".join(process.cmdline()):
-                process.send_signal(signal.SIGKILL)
-                return
-    pytest.fail(f"no process {words!r}")
+                found.append(process)
+    assert found, f"no process {words!r}"
+    for process in found if all_of_them else found[:1]:
+        process.send_signal(signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -130,7 +129,7 @@ def test_a_training_job_survives_the_loss_of_a_worker_and_of_its_driver(
     before = done()
     wait_until(lambda: done() > before + 2 or has_ended("small-1"), "another start of the workers")
     assert not has_ended("small-1"), client.get_job_logs("small-1")
-    kill(cluster, "pipelines.cli train")
+    kill(cluster, "pipelines.cli train", all_of_them=True)
     wait_until(lambda: has_ended("small-1"), "the end of the job")
 
     steps = int(find_checkpoints(run)[-1].name.removeprefix("step-")) + 2
