@@ -91,11 +91,11 @@ def choose(config: Config, sequences: list[Sequence], options: argparse.Namespac
     return None
 
 
-def make_batch(config: Config, sequences: list[Sequence], device: str) -> Batch:
-    """With posterior moments, as cached latents come."""
+def make_batch(config: Config, sequences: list[Sequence], device: str, encoded: bool = True) -> Batch:
+    """With posterior moments, as cached latents come, or else with images."""
 
-    def moments(size: tuple[int, int]) -> torch.Tensor:
-        return torch.randn(8, 2 * size[0], 2 * size[1])
+    def content(size: tuple[int, int]) -> torch.Tensor:
+        return torch.randn(8, 2 * size[0], 2 * size[1]) if encoded else torch.zeros(3, 16 * size[0], 16 * size[1])
 
     examples = [
         Example(
@@ -104,12 +104,12 @@ def make_batch(config: Config, sequences: list[Sequence], device: str) -> Batch:
             task=TASKS[0],
             seed=number,
             sequence=sequence,
-            inputs=[moments(size) for size in sequence.input_sizes],
+            inputs=[content(size) for size in sequence.input_sizes],
             shown=list(range(len(sequence.input_sizes))),
-            target=moments(sequence.target_size),
+            target=content(sequence.target_size),
             edit_source_index=-1,
             edit_mask=None,
-            encoded=True,
+            encoded=encoded,
         )
         for number, sequence in enumerate(sequences)
     ]

@@ -189,16 +189,16 @@ def draft(image: ImageRecord, stream: str, subtask: str, *ops: Op, variant: int 
 def joint_rights(parents: Sequence[ImageRecord | SampleRecord]) -> dict[str, Any]:
     """Licence, authors, sources and opt-out of what is made of several records.
 
-    Distinct values are joined in the order of the parents, licences as an SPDX expression (`CC0-1.0 AND CC-BY-4.0`).
+    Distinct values are joined in the order of the parents; licences as an SPDX expression in alphabetical order
+    (`CC-BY-4.0 AND CC0-1.0`), so that the same ones are one value wherever they are counted.
     """
 
-    def joined(name: str, separator: str) -> str:
-        parts = [part for parent in parents for part in getattr(parent, name).split(separator) if part]
-        return separator.join(dict.fromkeys(parts))
+    def distinct(name: str, separator: str) -> list[str]:
+        return list(dict.fromkeys(part for p in parents for part in getattr(p, name).split(separator) if part))
 
     return {
-        "license": joined("license", " AND "),
-        **{name: joined(name, "; ") for name in ("license_url", "author", "source_url")},
+        "license": " AND ".join(sorted(distinct("license", " AND "))),
+        **{name: "; ".join(distinct(name, "; ")) for name in ("license_url", "author", "source_url")},
         "optout": any(parent.optout for parent in parents),
     }
 

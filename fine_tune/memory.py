@@ -13,10 +13,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fine_tune import packing
@@ -190,6 +192,14 @@ def measure(
         first, second = rehearsal.run(few), rehearsal.run(more)
         parts = {name: first[name] + (second[name] - first[name]) * (layers - few) // (more - few) for name in first}
     return Memory(peaks={phase: parts.pop(phase) for phase in _PHASES}, **parts)
+
+
+def allocated_peak(work: Callable[[], object]) -> int:
+    """Most bytes that the CPU's allocator has given out at a time during a call, to compare a plan with."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ _TAR = re.compile(r"data/(?P<stream>\w+)/(?P=stream)-(?P<number>\d{6})\.tar")
 _QUANTILES = (0.05, 0.5, 0.95)
 
 
+class CorpusError(ValueError):
+    """A folder that is no corpus, or not one with what is asked for."""
+
+
 @dataclass(frozen=True, order=True)
 class Shard:
     """Names of one shard's files, relative to the corpus."""
@@ -51,7 +55,7 @@ def find_shards(corpus: Folder, streams: Iterable[str] | None = None) -> list[Sh
     """Shards in order of stream and number; of all streams, unless some are named.
 
     Raises:
-        ValueError: the corpus has no shard of a named stream, or none at all.
+        CorpusError: the corpus has no shard of a named stream, or none at all.
     """
     matches = (_TAR.fullmatch(name) for name in corpus.list("data", ".tar"))
     found = sorted(Shard(m["stream"], int(m["number"])) for m in matches if m and m["stream"] in STREAMS)
@@ -59,9 +63,9 @@ def find_shards(corpus: Folder, streams: Iterable[str] | None = None) -> list[Sh
     wanted = present if streams is None else set(streams)
     if unknown := wanted - present:
         have = ", ".join(sorted(present)) or "none"
-        raise ValueError(f"{corpus.url} has no stream {', '.join(sorted(unknown))}; it has {have}")
+        raise CorpusError(f"{corpus.url} has no stream {', '.join(sorted(unknown))}; it has {have}")
     if not found:
-        raise ValueError(f"{corpus.url} is no corpus: it has no data/<stream>/<stream>-000000.tar")
+        raise CorpusError(f"{corpus.url} is no corpus: it has no data/<stream>/<stream>-000000.tar")
     return [shard for shard in found if shard.stream in wanted]
 
 

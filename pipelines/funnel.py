@@ -52,6 +52,9 @@ class Histogram:
     logarithmic: bool
 
 
+_PAIR = "pair:"  # before the names of rules that judge candidates for pairs
+
+
 @dataclass
 class Step:
     """One rule. `entered = left + sum(dropped.values())`; `dropped` is by what was found.
@@ -71,6 +74,11 @@ class Step:
     column: str = ""
     threshold: float | None = None
     histogram: Histogram | None = None
+
+    @property
+    def is_of_pairs(self) -> bool:
+        """Whether it judges candidates for pairs, not photographs."""
+        return self.name.startswith(_PAIR)
 
     def to_json(self) -> dict[str, Any]:
         plain = asdict(self)
@@ -134,9 +142,8 @@ def _pair_steps(corpus: Folder, recipe: Recipe) -> Iterator[Step]:
     for rule in RULES:
         refused = int((reason == rule).sum())
         entered, left = left, left & (reason != rule)
-        step = Step(
-            f"pair:{rule}", "", int(entered.sum()), int(left.sum()), {f"pair:{rule}": refused} if refused else {}
-        )
+        name = f"{_PAIR}{rule}"
+        step = Step(name, "", int(entered.sum()), int(left.sum()), {name: refused} if refused else {})
         if rule in bounds:
             kind, bound, judged = bounds[rule]
             step.column, step.rule, step.threshold = "similarity", f"{kind} {bound:g}", bound

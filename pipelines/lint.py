@@ -38,7 +38,7 @@ def lint(corpus: Folder) -> list[Finding]:
     """Every finding in a published corpus, in order of shards; an empty list means that it is sound.
 
     Raises:
-        ValueError: there is no shard at all.
+        CorpusError: there is no shard at all.
     """
     shards = find_shards(corpus)
     findings = list(_lint_layout(corpus, shards))

@@ -66,7 +66,7 @@ def publish(
         digests: of shards, by path relative to the corpus, where pack knows them; others are computed.
 
     Raises:
-        ValueError: there is no shard.
+        CorpusError: there is no shard.
         ShardError: a shard does not have the size that its index or its digest implies, or is empty.
     """
     known = digests or {}

@@ -8,6 +8,7 @@ from importlib.metadata import version
 import yaml
 
 from pipelines import __version__, engine, ledger
+from pipelines.corpus import CorpusError
 from pipelines.engine import Context, Stage
 from pipelines.forget import finish
 from pipelines.preflight import preflight
@@ -125,6 +126,8 @@ def _run(stage: Stage, context: Context, workers: int, expected: int | None) -> 
 
 
 def _publish(context: Context) -> None:
+    if not context.corpus.list("data", ".tar"):
+        raise CorpusError(f"{context.corpus.url}: nothing to publish, as no sample was made. {_losses(context)}")
     publish(
         context.corpus,
         context.recipe.name,
@@ -132,3 +135,14 @@ def _publish(context: Context) -> None:
         {"x2i": __version__, "python": platform.python_version()} | {name: version(name) for name in _VERSIONED},
         packed_digests(context.corpus),
     )
+
+
+def _losses(context: Context) -> str:
+    """What became of the inputs that were not kept, in words."""
+    found = [
+        f"{stage} {fate} {sum(reasons.values()):,} ({', '.join(f'{why}: {n:,}' for why, n in reasons.items())})"
+        for stage, fates in ledger.reasons(context.corpus).items()
+        for fate, reasons in fates.items()
+        if fate != "kept"
+    ]
+    return "; ".join(found) or "No input was refused: are there builders in the recipe that suit these images?"

@@ -10,8 +10,9 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,7 +200,7 @@ def follow(client: JobSubmissionClient, job: str) -> None:
             sys.stdout.flush()
 
     try:
-        asyncio.run(tail())
+        _run_beside(tail())
         details = client.get_job_info(job)
     except (RuntimeError, OSError) as error:
         raise SubmitError(
@@ -208,6 +209,22 @@ def follow(client: JobSubmissionClient, job: str) -> None:
         ) from error
     if details.status != "SUCCEEDED":
         raise SubmitError(f"{job} {details.status.lower()}: {details.message}. Submit it again to go on.")
+
+
+def _run_beside(work: Coroutine[Any, Any, None]) -> None:
+    """Like `asyncio.run`, on a loop in another thread: in a notebook this thread already runs one."""
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(work)
+    task.add_done_callback(lambda _: loop.stop())
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        loop.call_soon_threadsafe(task.cancel)
+        raise
+    loop.close()
+    task.result()
 
 
 def stop(client: JobSubmissionClient, job: str) -> None:

@@ -70,19 +70,25 @@ class Recipe(Section):
     `recipe_model` types them.
     """
 
-    name: str = Field(pattern=r"[a-z0-9][a-z0-9_-]*")
-    description: str = ""
-    seed: int = Field(default=0, ge=0)
-    sources: tuple[Source, ...] = Field(min_length=1)
-    ingest: Ingest = Ingest()
-    score: Any = None
-    decide: Decide = Decide()
-    annotate: Any = None
-    pair: Pairing | None = Field(default=None, exclude_if=lambda section: section is None)
-    build: Any
-    group: Grouping | None = Field(default=None, exclude_if=lambda section: section is None)
-    pack: Pack = Pack()
-    latents: Latents | None = Field(default=None, exclude_if=lambda section: section is None)
+    name: str = Field(pattern=r"[a-z0-9][a-z0-9_-]*", description="of the corpus: small letters, digits, - and _")
+    description: str = Field(default="", description="what it is, for people")
+    seed: int = Field(default=0, ge=0, description="of every random choice, with the image's key and the builder")
+    sources: tuple[Source, ...] = Field(min_length=1, description="where images come from, by `type`")
+    ingest: Ingest = Field(default=Ingest(), description="how sources become normalised images")
+    score: Any = Field(default=None, description="a section per scorer: columns that are measured once per image")
+    decide: Decide = Field(default=Decide(), description="which images stay: queries over columns")
+    annotate: Any = Field(default=None, description="a section per annotator: what models find in images, once")
+    pair: Pairing | None = Field(
+        default=None, exclude_if=lambda section: section is None, description="which photographs show the same subject"
+    )
+    build: Any = Field(description="a section per builder: the samples that are made")
+    group: Grouping | None = Field(
+        default=None, exclude_if=lambda section: section is None, description="samples as examples for one another"
+    )
+    pack: Pack = Field(default=Pack(), description="how samples become shards")
+    latents: Latents | None = Field(
+        default=None, exclude_if=lambda section: section is None, description="images encoded for training beforehand"
+    )
     _file: str = PrivateAttr("recipe")
     _lines: dict[tuple[Any, ...], int] = PrivateAttr(default_factory=dict)
 
@@ -121,10 +127,13 @@ def recipe_model(
     annotator_params: Mapping[str, type[BaseModel]] = MappingProxyType({}),
 ) -> type[Recipe]:
     """`Recipe` with typed `build`, `score` and `annotate` sections for these builders, scorers and annotators."""
-    build, score = _sections("Build", builder_params), _sections("Score", scorer_params)
-    annotate = _sections("Annotate", annotator_params)
-    optional: dict[str, Any] = {"score": (score, score()), "annotate": (annotate, annotate())}
-    return create_model("Recipe", __base__=Recipe, build=(build, ...), **optional)
+    typed = {"build": builder_params, "score": scorer_params, "annotate": annotator_params}
+    fields: dict[str, Any] = {}
+    for name, params in typed.items():
+        section, generic = _sections(name.capitalize(), params), Recipe.model_fields[name]
+        default: Any = {} if generic.is_required() else {"default": section()}
+        fields[name] = (section, Field(description=generic.description, **default))
+    return create_model("Recipe", __base__=Recipe, **fields)
 
 
 def _sections(name: str, params: Mapping[str, type[BaseModel]]) -> type[Section]:

@@ -50,6 +50,7 @@ def render_report(corpus: Folder, per_subtask: int = 4, seed: int = 0) -> str:
         counts=counts,
         totals=_totals(counts),
         steps=steps,
+        kept=[step.left for step in steps if not step.is_of_pairs][-1],
         accounts=facts.accounts(corpus),
         neighbours=facts.neighbours(corpus),
         yields=facts.yields(corpus),

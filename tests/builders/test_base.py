@@ -21,7 +21,7 @@ def test_rights_of_several_parents_are_joined_once_each() -> None:
         ]
     )
     assert rights == {
-        "license": "CC0-1.0 AND CC-BY-4.0",
+        "license": "CC-BY-4.0 AND CC0-1.0",
         "license_url": "",
         "author": "A; B",
         "source_url": "https://a",

@@ -267,7 +267,7 @@ def test_rights_are_those_of_both_photographs() -> None:
     outcome = build(paired(_changed(target, license="CC0-1.0", author="A"), unlike, "jug"), "pair-0")
     assert not isinstance(outcome, Rejected)
     record = outcome[0].record
-    assert (record.license, record.author, record.optout) == ("CC0-1.0 AND CC-BY-4.0", "A; B", True)
+    assert (record.license, record.author, record.optout) == ("CC-BY-4.0 AND CC0-1.0", "A; B", True)
 
 
 def test_photographs_of_two_splits_or_the_same_one_make_no_pair() -> None:

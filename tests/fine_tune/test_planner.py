@@ -8,11 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
 from fine_tune.data import Batch, Example
-from fine_tune.memory import measure
+from fine_tune.memory import allocated_peak, measure
 from fine_tune.packing import Sequence, Size, pack
 from fine_tune.planner import Planner, check_memory, largest_pack, parse_memory, typical_pack
 from fine_tune.presets import Config, ConfigError, override, preset, tiny
@@ -52,15 +51,14 @@ def real_batch(sequences: list[Sequence], rows: int | None = None) -> Batch:
     return Batch(0, pack(sequences, rows), examples, [])
 
 
-def allocated_peak(config: Config, sequences: list[Sequence]) -> int:
-    """Most bytes that the CPU's allocator has given out while two steps were made from nothing."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+def peak_of_two_steps(config: Config, sequences: list[Sequence]) -> int:
+    def steps() -> None:
         state = build_state(config)
         batch = real_batch(sequences)
         for _ in range(2):
             train_step(state, [batch] * config.data.packs_per_step)
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
+
+    return allocated_peak(steps)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +73,7 @@ def allocated_peak(config: Config, sequences: list[Sequence]) -> int:
 def test_what_is_planned_is_what_is_allocated(assignments: list[str]) -> None:
     config = shallow(*assignments)
     planned = measure(config, PACK, "cpu")
-    assert planned.total == pytest.approx(allocated_peak(config, PACK), rel=0.1)
+    assert planned.total == pytest.approx(peak_of_two_steps(config, PACK), rel=0.1)
     state = build_state(config)
     assert planned.weights == sum(p.nbytes for p in state.model.parameters())
     assert planned.gradients == sum(p.nbytes for p in state.trained.values())
@@ -85,7 +83,7 @@ def test_what_is_planned_is_what_is_allocated(assignments: list[str]) -> None:
 def test_deep_models_are_extrapolated_exactly() -> None:
     config = shallow("data.packs_per_step=2", "model.architecture.num_layers=7")
     deep = measure(config, PACK, "cpu")
-    assert deep.total == pytest.approx(allocated_peak(config, PACK), rel=0.02)
+    assert deep.total == pytest.approx(peak_of_two_steps(config, PACK), rel=0.02)
 
 
 def test_less_is_kept_the_more_is_recomputed() -> None:

@@ -78,3 +78,10 @@ def test_exports_of_nothing_are_named(corpus_path, tmp_path):
     for options in (["--split", "tset"], ["--stream", "edit"]):
         code, out = x2i("export", corpus_path, "--out", tmp_path / "out", *options)
         assert code == 2 and options[1] in out
+
+
+def test_a_build_that_keeps_nothing_says_where_it_went(recipe_file, tmp_path):
+    strict = tmp_path / "strict.yaml"
+    strict.write_text(recipe_file.read_text().replace("min: 32", "min: 4000"))
+    code, out = x2i("build", strict, "-c", tmp_path / "corpus", "--workers", 0)
+    assert code == 2 and "nothing to publish" in out and "decide dropped 8 (min_side" in out
