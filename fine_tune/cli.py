@@ -48,14 +48,14 @@ def train(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = _config(preset, overrides, corpus, run, needs_corpus=not plan)
     if plan:
-        _print_plan(config, memory, _range(workers)[0])
+        _print_plan(config, memory, parse_workers(workers)[0])
         return
     if memory:
         raise ConfigError("--memory is for --plan; a run has run.memory_gb")
     if ray:
         from fine_tune.cluster import train_on_ray
 
-        saved = train_on_ray(config, _range(workers), address, force)
+        saved = train_on_ray(config, parse_workers(workers), address, force)
     elif address or workers != "1":
         raise ConfigError("--workers and --address are for --ray")
     else:
@@ -67,8 +67,8 @@ def train(
     typer.echo(f"loss curve {config.run.folder}/loss.png, sample grids {config.run.folder}/samples")
 
 
-def _range(text: str) -> tuple[int, int]:
-    """`4` or `2:8`."""
+def parse_workers(text: str) -> tuple[int, int]:
+    """Fewest and most, of `4` or `2:8`; ConfigError for anything else."""
     from fine_tune.presets import ConfigError
 
     fewest, _, most = text.partition(":")

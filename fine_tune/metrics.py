@@ -190,8 +190,13 @@ def _flatten(prefix: str, value: Any) -> list[tuple[str, float]]:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """All lines of a `metrics.jsonl`; a last line that was cut off is left out."""
-    lines = file.read_text().splitlines() if file.is_file() else []
+    """All lines of a `metrics.jsonl`, none if there is no such file."""
+    return parse_metrics(file.read_text()) if file.is_file() else []
+
+
+def parse_metrics(text: str) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last one that was cut off is left out."""
+    lines = text.splitlines()
     found = []
     for number, line in enumerate(lines):
         try:
@@ -200,24 +205,3 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
             if number + 1 < len(lines):
                 raise
     return found
-
-
-def plot_losses(folder: Path) -> Path:
-    """Draw `loss.png` from `metrics.jsonl`: the training loss per task, and the held-out loss."""
-    from matplotlib.figure import Figure
-
-    lines = read_metrics(folder / "metrics.jsonl")
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 2), ("train", "held_out"), strict=True):
-        of_kind = [line for line in lines if line["kind"] == kind]
-        for task in sorted({task for line in of_kind for task in line["loss_unweighted_by_task"]}):
-            points = [(line["step"], line["loss_unweighted_by_task"].get(task)) for line in of_kind]
-            known = [(step, loss) for step, loss in points if loss is not None]
-            axes.plot(*zip(*known, strict=True), label=task, linewidth=1, alpha=0.6, marker="." * (len(known) == 1))
-        axes.plot([line["step"] for line in of_kind], [line["loss_unweighted"] for line in of_kind], "k", label="all")
-        axes.set(title=f"{kind.replace('_', '-')} loss, unweighted", xlabel="step", ylabel="mean squared error")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    target = folder / "loss.png"
-    figure.savefig(target, dpi=120)
-    return target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,7 @@ class _Speed(ProgressColumn):
 @contextmanager
 def show_progress(first: int, total: int, enabled: bool) -> Iterator[Callable[[int, float], None]]:
     """A progress bar on a terminal, plain lines elsewhere. Gives `update(step, loss)`."""
-    console = Console()
+    console = Console(force_jupyter=False, force_terminal=sys.stdout.isatty())  # notebooks ask for colours
     if not (enabled and console.is_terminal):
 
         def print_line(step: int, loss: float) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,16 +186,32 @@ def initialise(model: OmniGen, generator: torch.Generator) -> None:
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
-    if config.tokenizer:
-        return Tokenizer.from_pretrained(config.tokenizer)
-    if not config.source:
-        raise ConfigError("model.tokenizer is needed where there is no model.source")
-    return Tokenizer.from_pretrained(config.source, subfolder="tokenizer")
+    """ConfigError if it is not given, or cannot be loaded."""
+    source, subfolder = _place(config, "tokenizer")
+    with _explained("tokenizer", source):
+        return Tokenizer.from_pretrained(source, subfolder=subfolder)
 
 
 def load_vae(config: ModelConfig, device: torch.device) -> FrozenVAE:
-    if config.vae:
-        return FrozenVAE.from_pretrained(config.vae, device=device)
+    """ConfigError if it is not given, or cannot be loaded."""
+    source, subfolder = _place(config, "vae")
+    with _explained("vae", source):
+        return FrozenVAE.from_pretrained(source, subfolder=subfolder or None, device=device)
+
+
+def _place(config: ModelConfig, part: str) -> tuple[str, str]:
+    """Folder or Hub id, and the folder inside of it, of a part of a pipeline."""
+    if given := getattr(config, part):
+        return given, ""
     if not config.source:
-        raise ConfigError("model.vae is needed where there is no model.source")
-    return FrozenVAE.from_pretrained(config.source, subfolder="vae", device=device)
+        raise ConfigError(f"model.{part} is needed where there is no model.source")
+    return config.source, part
+
+
+@contextmanager
+def _explained(part: str, source: str) -> Iterator[None]:
+    """Libraries raise different things for what is not there, and none of them names the setting."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.{part}: {source} cannot be loaded: {error}") from error

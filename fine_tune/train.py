@@ -30,7 +30,7 @@ from fine_tune.data import Batch, Loader, SampleSettings, SkipLimit, sample_seed
 from fine_tune.held_out import HeldOut
 from fine_tune.index import Corpus, CorpusError, CountRule, Index, open_index
 from fine_tune.latents import Coverage, open_latents
-from fine_tune.metrics import Meter, MetricLog, plot_losses
+from fine_tune.metrics import Meter, MetricLog
 from fine_tune.objective import compute_loss, encode, make_generators
 from fine_tune.optim import learning_rate, set_learning_rate
 from fine_tune.order import Plan, stream_shares
@@ -40,6 +40,7 @@ from fine_tune.presets import Config
 from fine_tune.progress import show_progress, stop_on_signal
 from fine_tune.state import Stage, StepRecord, TrainState, build_state, pick_device
 from fine_tune.storage import Location, RunFolder
+from fine_tune.viewing import plot_losses
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +274,7 @@ class Loop:
         checkpoint = self._save()
         if self.metrics:
             self.metrics.close()
-            plot_losses(self.run_folder.live)
+            plot_losses(self.run_folder.live).savefig(self.run_folder.live / "loss.png", dpi=120)
         self._publish()
         return checkpoint
 

@@ -176,15 +176,12 @@ def latents(
 @_friendly
 def status(corpus: CorpusArgument) -> None:
     """How far each stage is, and what became of its inputs."""
-    from pipelines.ledger import totals
-    from pipelines.stages import STAGES
+    from pipelines.viewing import progress
 
     folder = _existing(corpus)
     table = Table("stage", "units done", "inputs", "kept", "dropped", "quarantined")
-    for stage in STAGES:
-        markers = _markers(folder, stage)
-        counts = totals(m.counts for m in markers.values())
-        table.add_row(stage, f"{len(markers):,}", *(f"{n:,}" for n in counts.values()))
+    for row in progress(corpus).to_pylist():
+        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else cell for cell in row.values()))
     _print(table)
     interrupted = folder.list("work/attempts", ".json")
     if interrupted:
@@ -336,6 +333,8 @@ def export(
 
             typer.echo(export_run(source, out, kind.value, merge, average))
         case _:
+            if _existing(source).exists("checkpoints"):
+                raise UsageError(f"{source} is a training run: give --format diffusers, official or peft")
             try:
                 count = exports[kind](_published(source), out, stream, split)
             except ValueError as error:

@@ -324,7 +324,7 @@ def _map_on_ray(tasks: list[Task], arguments: str, workers: int, num_gpus: float
     units = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _run_batch,  # type: ignore[arg-type]  # Ray's stubs do not know of fn_kwargs
         fn_kwargs={"arguments": arguments},
-        batch_size=None,
+        batch_size=1,  # of units: with GPUs, Ray Data refuses to choose it
         compute=ray.data.TaskPoolStrategy(size=min(workers, len(tasks))),
         num_cpus=1,
         num_gpus=num_gpus or None,

@@ -94,10 +94,10 @@ def lint_index(corpus: Folder, shards: Iterable[Shard]) -> list[Finding]:
     index = pa.concat_tables(tables)
     keys = index.group_by("key").aggregate([("shard", "list")])
     repeated = keys.filter(pc.greater(pc.list_value_length(keys["shard_list"]), 1))
-    findings = [
-        Finding(f"{row['shard_list'][-1]}::{row['key']}", "duplicate_key", f"also in {row['shard_list'][0]}")
-        for row in repeated.to_pylist()
-    ]
+    findings = []
+    for row in repeated.to_pylist():
+        first, *_, last = sorted(row["shard_list"])  # threads group, in any order
+        findings.append(Finding(f"{last}::{row['key']}", "duplicate_key", f"also in {first}"))
     scenes = index.filter(pc.not_equal(index["scene_id"], "")).select(["scene_id", "split"])
     of_parents = index["split"].take(pc.list_parent_indices(index["parents"]))
     parents = pa.table({"parent": pc.list_flatten(index["parents"]), "split": of_parents})

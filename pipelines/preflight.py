@@ -10,7 +10,7 @@ from pipelines.engine import Context
 from pipelines.stages.annotate import AnnotateStage
 from pipelines.stages.build import BuildStage
 from pipelines.stages.decide import DecideStage, open_blocklists
-from pipelines.stages.ingest import IngestStage
+from pipelines.stages.ingest import IngestStage, in_source_order
 from pipelines.stages.latents import LatentsStage
 from pipelines.stages.score import ScoreStage
 from schemas.recipe import RecipeError
@@ -55,9 +55,8 @@ def _missing_models(context: Context) -> list[str]:
 
 def _missing_annotators(context: Context) -> list[str]:
     stage, recipe, problems = AnnotateStage(context), context.recipe, []
-    decided = context.corpus.exists(ledger.marker_path(DecideStage.name, "all"))
     digests = {u: m.digest for u, m in ledger.read_markers(context.corpus, AnnotateStage.name).items()}
-    tasks = stage.tasks() if decided else []
+    tasks = stage.tasks() if _is_decided(context) else []
     for name, annotator in stage.annotators.items():
         own = [task for task in tasks if task.payload["annotator"] == name]
         try:
@@ -66,6 +65,13 @@ def _missing_annotators(context: Context) -> list[str]:
         except ModelMissing as error:
             problems.append(str(recipe.error(("annotate", name, *error.parameter.split(".")), error.message)))
     return problems
+
+
+def _is_decided(context: Context) -> bool:
+    """Whether there is a verdict on every image; not so before the first build, and when a source was added."""
+    verdicts = ledger.read_markers(context.corpus, DecideStage.name).get("all")
+    units = in_source_order(context.recipe, ledger.read_markers(context.corpus, IngestStage.name))
+    return verdicts is not None and all(ledger.ledger_path(DecideStage.name, u) in verdicts.outputs for u in units)
 
 
 def _missing_in_pairs(context: Context) -> list[str]:

@@ -33,9 +33,10 @@ def stage_progress(stage: str, units: int) -> Iterator[engine.Progress]:
             nonlocal fresh
             counts.append(marker.counts)
             fresh += 0 if already_done else marker.counts["inputs"]
-            elapsed = bar.tasks[task].elapsed or 0.0
+            elapsed, done = bar.tasks[task].elapsed or 0.0, totals(counts)
             rate = f"{fresh / elapsed:,.1f} rows/s" if fresh and elapsed else "up to date"
-            bar.update(task, advance=1, rows=f"{describe(totals(counts))}  {rate}")
+            some = f"{fresh:,} new, " if 0 < fresh < done["inputs"] else ""
+            bar.update(task, advance=1, rows=f"{describe(done)}  {some}{rate}")
 
         yield advance
 

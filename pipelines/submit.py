@@ -81,11 +81,14 @@ def train_job(preset: str, overrides: list[str], corpus: str, run: str, workers:
     """A training run on workers of Ray Train.
 
     Raises:
-        ConfigError: settings that do not exist, or values that they cannot have.
+        ConfigError: settings that do not exist, or values that they cannot have, also with this number of workers.
     """
+    from fine_tune.cli import parse_workers
+    from fine_tune.parallel import check_sharing
     from fine_tune.presets import preset as make_config
 
-    make_config(preset, overrides)
+    fewest, most = parse_workers(workers)
+    check_sharing(make_config(preset, overrides), range(fewest, most + 1))
     places = ["--corpus", corpus, "--run", run]
     return Job(
         f"train-{preset}",

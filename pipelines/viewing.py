@@ -10,6 +10,7 @@ Nothing here prints or writes. Tables are Arrow; `.to_pandas()` makes a data fra
 
 from __future__ import annotations
 
+import io
 import json
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -63,6 +64,22 @@ def open_corpus(url: str) -> Corpus:
     if not folder.exists("manifest.json"):
         raise ViewingError(f"{url} has no manifest.json, so it is no published corpus; `x2i build` makes one")
     return Corpus(folder)
+
+
+def progress(url: str) -> pa.Table:
+    """How far every stage of a build is, published or not: `stage, units, inputs, kept, dropped, quarantined`.
+
+    Args:
+        url: of the corpus, a path or an fsspec URL.
+    """
+    folder = Folder(url)
+    markers = {stage: ledger.read_markers(folder, stage) for stage in STAGES}
+    return pa.Table.from_pylist(
+        [
+            {"stage": stage, "units": len(units), **ledger.totals(marker.counts for marker in units.values())}
+            for stage, units in markers.items()
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -190,6 +207,11 @@ class Corpus:
         """The files of a sample by name, e.g. `input_1.jpg`."""
         return read_members(self.folder, self.rows([key])[0])
 
+    def pictures(self, key: str) -> dict[str, Image.Image]:
+        """The images of a sample by role: `input_1`, ..., `output`, and `edit_mask` where there is one."""
+        members = self.members(key).items()
+        return {name[:-4]: Image.open(io.BytesIO(data)) for name, data in members if name.endswith((".jpg", ".png"))}
+
     def show(self, rows: pa.Table | pd.DataFrame | Iterable[str | Mapping[str, Any]], title: str = "") -> Image.Image:
         """Samples below each other: inputs, output, edit mask, loss weight, instruction.
 
@@ -253,7 +275,7 @@ class Corpus:
         axes.barh(names, refused, left=left, color=_REFUSED, label="refused")
         axes.invert_yaxis()
         axes.set_xlabel("photographs")
-        axes.legend(loc="lower left")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
         return figure
 
     def plot_filter(self, column: str) -> Figure:

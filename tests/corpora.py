@@ -15,7 +15,7 @@ from skimage import data as photographs
 from sklearn.datasets import load_sample_images
 
 from builders.base import Sample, draft
-from pipelines.corpus import Shard
+from pipelines.corpus import Shard, iter_index, read_members
 from pipelines.publish import publish
 from pipelines.storage import Folder
 from schemas.arrow import SAMPLES
@@ -199,3 +199,22 @@ def _fit(pixels: np.ndarray, side: int) -> np.ndarray:
     scale = side / max(pixels.shape[:2])
     size = (round(pixels.shape[1] * scale), round(pixels.shape[0] * scale))
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+
+
+def samples(corpus: Folder) -> dict[str, tuple[list[str], dict[str, bytes]]]:
+    """Parents and members by key."""
+    rows = [row for table in iter_index(corpus) for row in table.to_pylist()]
+    return {row["key"]: (row["parents"], read_members(corpus, row)) for row in rows}
+
+
+def where(corpus: Folder, needles: list[bytes]) -> list[set[str]]:
+    """For each needle the files that hold it, as bytes or in a table."""
+    found: list[set[str]] = [set() for _ in needles]
+    for name in corpus.list():
+        data = corpus.read_bytes(name)
+        if name.endswith(".parquet"):
+            data += repr(corpus.read_table(name).to_pylist()).encode()
+        for files, needle in zip(found, needles, strict=True):
+            if needle in data:
+                files.add(name)
+    return found

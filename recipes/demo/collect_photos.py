@@ -3,7 +3,8 @@
     python recipes/demo/collect_photos.py build/demo/photos
 
 writes the photographs, byte for byte, and `manifest.jsonl`: the lines of `photos.jsonl` without the keys that say
-where a picture comes from. Two runs give identical folders.
+where a picture comes from. With `--captions` it writes no manifest, but beside each photograph a `.txt` with its
+caption, as folders of one's own have. Two runs give identical folders.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -108,15 +109,30 @@ def collect(photos: Iterable[dict[str, Any]], folder: Path) -> int:
     return len(lines)
 
 
+def collect_with_captions(photos: Sequence[dict[str, Any]], folder: Path) -> int:
+    """Write photographs with their captions in `.txt` files into `folder`; return the number of photographs.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_verified`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for photo in photos:
+        path = folder / photo["image"]
+        path.write_bytes(read_verified(photo["package"], photo["file"], photo["sha256"]))
+        path.with_suffix(".txt").write_text(photo["caption"] + "\n", encoding="utf-8")
+    return len(photos)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Copy the demo photographs out of installed packages.")
     parser.add_argument("folder", type=Path, help="where the photographs and manifest.jsonl go")
-    folder = parser.parse_args().folder
+    parser.add_argument("--captions", action="store_true", help="a .txt beside each photograph instead of the manifest")
+    given = parser.parse_args()
     try:
-        count = collect(read_photos(), folder)
+        count = (collect_with_captions if given.captions else collect)(read_photos(), given.folder)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"collect_photos: {error}")
-    print(f"{count} photographs and manifest.jsonl in {folder}")
+    print(f"{count} photographs with {'captions' if given.captions else 'manifest.jsonl'} in {given.folder}")
 
 
 if __name__ == "__main__":

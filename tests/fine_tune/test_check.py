@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from fine_tune.check import check
 from fine_tune.presets import PRESETS, Config, ConfigError, override, preset
+from fine_tune.state import build_state
 from pipelines.cli import app
 
 # Settings.
@@ -126,3 +127,11 @@ def test_commands_train_export_and_sample(small_config: Callable[..., Config], t
         assert result.exit_code == 2, result.output
         assert message in result.output
     assert override(config, []) == config
+
+
+@pytest.mark.parametrize("part", ["vae", "tokenizer"])
+def test_a_part_of_the_model_that_is_not_there_is_named(
+    small_config: Callable[..., Config], tmp_path: Path, part: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.{part}: {tmp_path} cannot be loaded: "):
+        build_state(small_config(f"model.{part}={tmp_path}"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fine_tune.metrics import LossTable, MetricLog, block_parameters, plot_losses, read_metrics, training_flops
+from fine_tune.metrics import LossTable, MetricLog, block_parameters, read_metrics, training_flops
 from fine_tune.model import OmniGen, OmniGenConfig
 
 
@@ -94,15 +94,3 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     events.Reload()
     assert events.Tags()["scalars"] == ["train/loss", "train/loss_by_t/edit/1"]
     assert events.Scalars("train/loss")[0].value == 2.0
-
-
-def test_the_loss_curve_is_drawn(tmp_path: Path) -> None:
-    from PIL import Image
-
-    log = MetricLog(tmp_path, 0, tensorboard=False)
-    for step in range(1, 4):
-        log.write(step, "train", {"loss_unweighted": 1 / step, "loss_unweighted_by_task": {"edit": 1 / step}})
-    log.write(3, "held_out", {"loss_unweighted": 0.3, "loss_unweighted_by_task": {"edit": 0.3}})
-    with Image.open(plot_losses(tmp_path)) as image:
-        assert image.width > 500
-        assert len(image.convert("RGB").getcolors(1 << 20) or ()) > 10

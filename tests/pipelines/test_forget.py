@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from pipelines import ledger
 from pipelines.cli import app
-from pipelines.corpus import find_shards, iter_index, read_members
+from pipelines.corpus import find_shards, iter_index
 from pipelines.engine import Context
 from pipelines.forget import ForgetError, find_images, finish, forget, make_plan
 from pipelines.lint import lint
@@ -30,7 +30,7 @@ from pipelines.storage import TEMPORARY, Folder
 from pipelines.tombstones import PATH, add_tombstones, read_tombstones
 from schemas.identity import uid_of
 from tests.conftest import CAPTIONS
-from tests.corpora import make_corpus
+from tests.corpora import make_corpus, samples, where
 
 NAMES = ("astronaut", "cat", "coffee", "rocket")
 # Cat and coffee pass for one subject, so that samples descend from both; the small cat is a near duplicate.
@@ -110,25 +110,6 @@ def uid(root: Path, name: str) -> str:
 
 def digests(corpus: Folder, prefix: str = "") -> dict[str, str]:
     return {name: hashlib.sha256(corpus.read_bytes(name)).hexdigest() for name in corpus.list(prefix)}
-
-
-def samples(corpus: Folder) -> dict[str, tuple[list[str], dict[str, bytes]]]:
-    """Parents and members by key."""
-    rows = [row for table in iter_index(corpus) for row in table.to_pylist()]
-    return {row["key"]: (row["parents"], read_members(corpus, row)) for row in rows}
-
-
-def where(corpus: Folder, needles: list[bytes]) -> list[set[str]]:
-    """For each needle the files that hold it, as bytes or in a table."""
-    found: list[set[str]] = [set() for _ in needles]
-    for name in corpus.list():
-        data = corpus.read_bytes(name)
-        if name.endswith(".parquet"):
-            data += repr(corpus.read_table(name).to_pylist()).encode()
-        for files, needle in zip(found, needles, strict=True):
-            if needle in data:
-                files.add(name)
-    return found
 
 
 def test_nothing_of_the_photograph_is_left(built: Path, before: Folder, after: Folder) -> None:

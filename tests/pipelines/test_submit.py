@@ -156,6 +156,8 @@ def test_what_is_not_there_is_said_so(tmp_path: Path) -> None:
     assert code == 2 and "is not of the form http://head:8265" in out
     code, out = x2i("submit", "lrr=0.1", *job[2:], "--address", "http://127.0.0.1:1")
     assert code == 2 and "unknown setting 'lrr'" in out
+    code, out = x2i(*job, "packs_per_step=8", "--workers", "2:3", "--address", "http://127.0.0.1:1")
+    assert code == 2 and "data.packs_per_step=8 does not divide by 3 ranks" in out
     code, out = x2i("submit", "--address", "http://127.0.0.1:1", "-c", tmp_path)
     assert code == 2 and "name one recipe file, or --train PRESET" in out
 

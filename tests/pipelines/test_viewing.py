@@ -17,7 +17,7 @@ from pipelines.corpus import Shard, read_index, read_members, summary
 from pipelines.ledger import LedgerRow, ledger_path, ledger_table
 from pipelines.preview import sample_strip
 from pipelines.storage import Folder
-from pipelines.viewing import Corpus, ViewingError, open_corpus
+from pipelines.viewing import Corpus, ViewingError, open_corpus, progress
 from schemas.records import SampleRecord
 from tests.corpora import make_corpus
 
@@ -74,6 +74,23 @@ def test_rows_and_members_are_those_of_the_shard(corpus: Corpus, restored: list[
     assert Image.open(io.BytesIO(members["output.jpg"])).size == Image.open(io.BytesIO(members["edit_mask.png"])).size
     with pytest.raises(ViewingError, match="no sample 'nobody'"):
         corpus.rows([restored[0], "nobody"])
+
+
+def test_pictures_of_a_sample_are_its_image_files(corpus: Corpus, restored: list[str]) -> None:
+    pictures, members = corpus.pictures(restored[0]), corpus.members(restored[0])
+    assert {"input_1", "output"} <= set(pictures)
+    assert len(pictures) == sum(name.endswith((".jpg", ".png")) for name in members)
+    with Image.open(io.BytesIO(members["output.jpg"])) as output:
+        assert np.array_equal(np.asarray(pictures["output"]), np.asarray(output))
+
+
+def test_progress_counts_the_units_and_inputs_of_every_stage(corpus: Corpus, tmp_path: Path) -> None:
+    rows = {row.pop("stage"): row for row in progress(corpus.folder.url).to_pylist()}
+    inputs = Counter(corpus.ledger["stage"].to_pylist())
+    assert {stage: row["inputs"] for stage, row in rows.items() if stage in inputs} == inputs
+    assert rows["ingest"]["units"] == len(set(corpus.images["unit"].to_pylist()))
+    assert all(row["inputs"] == row["kept"] + row["dropped"] + row["quarantined"] for row in rows.values())
+    assert not any(row["units"] for row in progress(str(tmp_path)).to_pylist()), "nothing has begun there"
 
 
 def test_show_takes_keys_rows_tables_and_frames(corpus: Corpus, restored: list[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from recipes.demo import collect_photos
-from recipes.demo.collect_photos import collect, inverse_depth_png, read_photos, read_verified
+from recipes.demo.collect_photos import collect, collect_with_captions, inverse_depth_png, read_photos, read_verified
 from schemas.masks import decode_mask
 from schemas.records import Entity
 
@@ -107,6 +107,15 @@ def test_manifest_names_the_collected_files(collected: Path) -> None:
         assert not collect_photos.SOURCE_KEYS & set(line)
         assert all(line[key] == photo[key] for key in line if key != "depth")
         assert (collected / line["image"]).read_bytes()[:2] in (b"\xff\xd8", b"\x89P")
+
+
+def test_captions_lie_beside_the_photographs(collected: Path, tmp_path: Path) -> None:
+    assert collect_with_captions(PHOTOS[:3], tmp_path) == 3
+    assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".txt"}
+    for photo in PHOTOS[:3]:
+        image = tmp_path / photo["image"]
+        assert image.read_bytes() == (collected / photo["image"]).read_bytes()
+        assert image.with_suffix(".txt").read_text("utf-8").strip() == photo["caption"]
 
 
 def test_depth_of_the_motorcycle_is_nearer_larger(collected: Path) -> None:
