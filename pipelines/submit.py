@@ -117,8 +117,8 @@ def connect(address: str) -> JobSubmissionClient:
     Raises:
         SubmitError: nobody answers there, or not without a token.
     """
-    # A cluster wants a token unless it is told otherwise, and a client sends the one it has only if told to.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if _has_token():  # a client sends it only if told to
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
@@ -139,6 +139,12 @@ def connect(address: str) -> JobSubmissionClient:
             f"no Ray job server answers at {address}: {error}. Is it the dashboard's address (port 8265), and was the "
             "head started with it (ray[default])?"
         ) from error
+
+
+def _has_token() -> bool:
+    """Whether Ray would find a token; without one, token mode would keep this process from starting a Ray itself."""
+    given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    return given or (Path.home() / ".ray/auth_token").is_file()
 
 
 def submit(client: JobSubmissionClient, job: Job, runtime_env: dict[str, Any], base_id: str = "") -> str:
