@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import secrets
 import shutil
 import socket
 import subprocess
@@ -22,8 +21,8 @@ _STOPS_WITHIN_S = 60.0
 class LocalHead:
     """A head that only this machine can reach; it ends with this process, or when it is stopped.
 
-    It has ports and a folder of its own, so that it meets no other Ray of this machine. Clients need a token, which
-    this process has from here on (`RAY_AUTH_TOKEN`), made at random unless there was one.
+    It has ports and a folder of its own, so that it meets no other Ray of this machine. Clients need the token of this
+    user (`~/.ray/auth_token`, unless `RAY_AUTH_TOKEN` or `RAY_AUTH_TOKEN_PATH` is set); Ray makes one if there is none.
 
     Attributes:
         address: of its job server.
@@ -35,8 +34,6 @@ class LocalHead:
         Raises:
             SubmitError: it does not start; the message has the end of its log.
         """
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ports = {name: _free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
         self.address = f"http://127.0.0.1:{ports['dashboard-port']}"
         self._folder = Path(tempfile.mkdtemp(prefix="x2i-ray-", dir="/tmp"))  # paths of sockets have to be short
@@ -47,6 +44,10 @@ class LocalHead:
     def _start(self, num_cpus: int, ports: list[str]) -> subprocess.Popen[bytes]:
         binaries = Path(sys.executable).parent  # of the environment, which need not be activated
         environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"}
+        environment["RAY_AUTH_MODE"] = "token"
+        subprocess.run(
+            [binaries / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True
+        )
         environment["RAY_raylet_start_wait_time_s"] = "300"  # Ray gives a busy machine only 60 s
         environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # or it waits 30 s when it is stopped
         options = ["--head", "--block", "--node-ip-address=127.0.0.1", f"--temp-dir={self._folder / 'ray'}", *ports]

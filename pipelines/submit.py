@@ -117,8 +117,6 @@ def connect(address: str) -> JobSubmissionClient:
     Raises:
         SubmitError: nobody answers there, or not without a token.
     """
-    if _has_token():  # a client sends it only if told to
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
@@ -128,11 +126,11 @@ def connect(address: str) -> JobSubmissionClient:
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         socket.create_connection((parts.hostname, port), _REACHABLE_WITHIN_S).close()
-        return JobSubmissionClient(address)
+        return JobSubmissionClient(address, headers=_headers())
     except AuthenticationError as error:
         raise SubmitError(
             f"{address} wants the token of its head (~/.ray/auth_token there): set RAY_AUTH_TOKEN or "
-            "RAY_AUTH_TOKEN_PATH, and leave RAY_AUTH_MODE unset or token"
+            "RAY_AUTH_TOKEN_PATH"
         ) from error
     except (OSError, RuntimeError) as error:
         raise SubmitError(
@@ -141,10 +139,16 @@ def connect(address: str) -> JobSubmissionClient:
         ) from error
 
 
-def _has_token() -> bool:
-    """Whether Ray would find a token; without one, token mode would keep this process from starting a Ray itself."""
-    given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    return given or (Path.home() / ".ray/auth_token").is_file()
+def _headers() -> dict[str, str]:
+    """With the token where Ray would look for it.
+
+    Ray itself sends it only in token mode. Set here, that would change what a `ray.init` in this process does.
+    """
+    token = os.environ.get("RAY_AUTH_TOKEN", "")
+    if not token:
+        file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token")
+        token = file.read_text().strip() if file.is_file() else ""
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def submit(client: JobSubmissionClient, job: Job, runtime_env: dict[str, Any], base_id: str = "") -> str:

@@ -18,6 +18,7 @@ from pipelines.storage import Folder
 
 @pytest.fixture
 def a_gpu() -> Iterator[None]:
+    ray.shutdown()  # one of an earlier test
     ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
