@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,8 +36,9 @@ class Task:
         unit: name of the unit, unique in the stage.
         digest: identifies the work: a marker with another one is stale.
         payload: what the stage needs to do it; plain JSON.
-        num_gpus: share of a GPU that Ray reserves for it; 0 runs without one.
+        num_gpus: share of a GPU that Ray reserves for it, above 1 rounded up; 0 runs without one.
         phase: tasks of a phase start when all of those before are done, and may read what they wrote.
+        model: names what it loads onto the GPU; its workers serve tasks of the same name only.
     """
 
     unit: str
@@ -44,6 +46,7 @@ class Task:
     payload: dict[str, Any]
     num_gpus: float = 0.0
     phase: int = 0
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -293,8 +296,17 @@ def _run_batch(batch: dict[str, Any], arguments: str) -> dict[str, Any]:
     return {"marker": [json.dumps(asdict(_run_unit(stage, task))) for task in tasks]}
 
 
+class _Worker:
+    """An actor. It loads a model once for all of its units, and frees the GPU when the last unit is done."""
+
+    def __init__(self, arguments: str) -> None:
+        self.arguments = arguments
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return _run_batch(batch, self.arguments)
+
+
 def _run_on_ray(stage: Stage, context: Context, tasks: list[Task], workers: int) -> Iterator[Marker]:
-    """Units as Ray Data tasks: worker processes, with what they imported, serve one stage after the other."""
     arguments = json.dumps(
         {
             "name": stage.name,
@@ -304,13 +316,13 @@ def _run_on_ray(stage: Stage, context: Context, tasks: list[Task], workers: int)
         }
     )
     groups = groupby(sorted(tasks, key=_group), key=_group)
-    for (_, num_gpus), group in groups:
+    for (_, num_gpus, _), group in groups:
         yield from _map_on_ray(list(group), arguments, workers, num_gpus)
 
 
-def _group(task: Task) -> tuple[int, float]:
+def _group(task: Task) -> tuple[int, float, str]:
     """What tasks that run side by side have in common."""
-    return task.phase, task.num_gpus
+    return task.phase, task.num_gpus, task.model if task.num_gpus else ""
 
 
 def _map_on_ray(tasks: list[Task], arguments: str, workers: int, num_gpus: float) -> Iterator[Marker]:
@@ -321,14 +333,16 @@ def _map_on_ray(tasks: list[Task], arguments: str, workers: int, num_gpus: float
     data.target_max_block_size = None  # a unit is a block, whatever its size
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = [{"task": json.dumps(asdict(t))} for t in tasks]
-    units = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _run_batch,  # type: ignore[arg-type]  # Ray's stubs do not know of fn_kwargs
-        fn_kwargs={"arguments": arguments},
-        batch_size=1,  # of units: with GPUs, Ray Data refuses to choose it
-        compute=ray.data.TaskPoolStrategy(size=min(workers, len(tasks))),
-        num_cpus=1,
-        num_gpus=num_gpus or None,
-    )
+    size = min(workers, len(tasks))
+    how: dict[str, Any]
+    if num_gpus:  # Ray ends the process of a task that had a GPU, and the model with it
+        pool = ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1)  # those that do not fit wait
+        reserved = num_gpus if num_gpus < 1 else math.ceil(num_gpus)  # Ray refuses one and a half
+        how = {"fn": _Worker, "fn_constructor_args": (arguments,), "compute": pool, "num_gpus": reserved}
+    else:  # its process, with what it imported, goes on to the next stage
+        how = {"fn": _run_batch, "fn_args": (arguments,), "compute": ray.data.TaskPoolStrategy(size=size)}
+    blocks = ray.data.from_items(rows, override_num_blocks=len(rows))
+    units = blocks.map_batches(**how, batch_size=1, num_cpus=1)  # with GPUs, Ray refuses to choose the batch size
     for row in units.iter_rows():
         yield Marker(**json.loads(row["marker"]))
 

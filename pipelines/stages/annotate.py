@@ -97,6 +97,7 @@ class AnnotateStage(RowStage):
                 {"unit": unit, "annotator": name},
                 annotator.num_gpus,
                 phase(name, self.annotators),
+                model=name,
             )
             for name, annotator in self.annotators.items()
             for unit, marker in units.items()

@@ -51,7 +51,7 @@ class BuildStage(RowStage):
         verdicts = ledger.read_markers(self.corpus, DecideStage.name)["all"].outputs
         params = {n: [b.version, _spec(b.params)] for n, b in self.builders.items()}
         same_for_all = [self.version, self.recipe.seed, self.recipe.decide.splits.model_dump(mode="json"), params]
-        num_gpus = max((builder.num_gpus for builder in self.builders.values()), default=0.0)
+        num_gpus = sum(builder.num_gpus for builder in self.builders.values())  # a worker holds all of them
         units = in_source_order(self.recipe, ledger.read_markers(self.corpus, IngestStage.name))
         pairs = ledger.read_markers(self.corpus, PairStage.name)[CHOOSE].outputs if self.recipe.pair else {}
 

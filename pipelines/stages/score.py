@@ -81,7 +81,7 @@ class ScoreStage(RowStage):
         work = [self.version, made_by, params.model_dump(mode="json", exclude=set(ModelParams.resources))]
         num_gpus = params.num_gpus if isinstance(params, ModelParams) else 0.0
         return [
-            Task(f"{unit}.{name}", digest_of([work, content]), {"unit": unit, "made_by": made_by}, num_gpus)
+            Task(f"{unit}.{name}", digest_of([work, content]), {"unit": unit, "made_by": made_by}, num_gpus, model=name)
             for unit, content in contents.items()
         ]
 
