@@ -39,8 +39,9 @@ def _logs_units(folder: str) -> Callable[[], None]:
         run_unit, earlier = engine._run_unit, []
 
         def logged(stage: engine.Stage, task: engine.Task) -> ledger.Marker:
-            if earlier and task.num_gpus and not os.path.exists(f"{folder}/lost"):
-                Path(folder, "lost").touch()
+            lost = Path(folder, "lost")
+            if earlier and task.num_gpus and not lost.exists():
+                lost.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             earlier.append(task)
             Path(folder, f"{stage.name}-{task.unit}").write_text(json.dumps([task.num_gpus, task.model, os.getpid()]))
