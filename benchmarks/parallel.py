@@ -94,7 +94,6 @@ def steps_per_second(config: Config, ranks: int, folder: Path) -> float:
         subprocess.Popen(
             [sys.executable, "-c", RANK, json.dumps(values)],
             env={**shared, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[1],
             stdout=subprocess.DEVNULL,
         )
         for rank in range(ranks)

@@ -43,6 +43,7 @@ def train(
     """Fine-tune OmniGen on a corpus: on this device, on the ranks that torchrun starts, or on a Ray cluster."""
     from fine_tune.parallel import join_torchrun
     from fine_tune.presets import ConfigError
+    from fine_tune.storage import Location
     from fine_tune.train import train as run_training
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -64,7 +65,9 @@ def train(
             if world.rank:
                 return
     typer.echo(f"saved {saved}")
-    typer.echo(f"loss curve {config.run.folder}/loss.png, sample grids {config.run.folder}/samples")
+    typer.echo(f"loss curve {config.run.folder}/loss.png")
+    if (Location.of(config.run.folder) / "samples").exists():
+        typer.echo(f"samples {config.run.folder}/samples")
 
 
 def parse_workers(text: str) -> tuple[int, int]:

@@ -48,7 +48,9 @@ class HeldOut:
         try:
             index = open_index(corpus, config.data.held_out_split, rule, run / "index")
         except CorpusError as error:
-            log.warning("nothing is measured on held-out samples: %s", error)
+            log.warning(
+                "nothing is measured or drawn on held-out samples: %s; decide.splits of a recipe makes some", error
+            )
             return None
         examples, prompts = [], []
         settings = SampleSettings(max_side=rule.max_side, edit_masks=True).without_augmentation()

@@ -401,7 +401,7 @@ class OmniGen(nn.Module):
     def _unpatchify(self, patches: Tensor, size: Size) -> Tensor:
         p = self.config.patch_size
         grid = patches.unflatten(0, size).unflatten(-1, (p, p, -1))  # [h, w, p, p, C]
-        return grid.permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
+        return grid.permute(4, 0, 2, 1, 3).reshape(-1, p * size[0], p * size[1])  # no view: FSDP2 warns of them
 
 
 class ConditionCache:

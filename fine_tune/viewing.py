@@ -49,7 +49,7 @@ def plot_losses(run: Location | Path | str) -> Figure:
             known = [line for line in of_kind if line["loss_unweighted_by_task"].get(task) is not None]
             losses = [line["loss_unweighted_by_task"][task] for line in known]
             style = {"label": task, "linewidth": 1, "alpha": 0.6, "marker": "." * (len(known) == 1)}
-            axes.plot([line["step"] for line in known], losses, f"C{number}", **style)
+            axes.plot([line["step"] for line in known], losses, f"C{number}" + "--" * (number >= 10), **style)
         axes.plot([line["step"] for line in of_kind], [line["loss_unweighted"] for line in of_kind], "k", label="all")
         axes.set(title=f"{kind.replace('_', '-')} loss, unweighted", xlabel="step", ylabel="mean squared error")
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -121,6 +121,7 @@ def build(
     run_build(context, workers, address, until)
     if until == "publish":
         _print_summary(context.corpus)
+        typer.echo(f"what was left out, and why: x2i stats {corpus}; what it looks like: x2i report {corpus}")
 
 
 @app.command()
