@@ -2,9 +2,9 @@
 
     python benchmarks/model_share.py --photos build/demo/photos
 
-Builds a corpus in this process from the demo's photographs, for each scorer, annotator and builder with a packaged model,
-and counts the time inside calls of torch modules and onnxruntime sessions. The models are loaded before, by the same
-work.
+Builds a corpus in this process from the demo's photographs, for each scorer, annotator and builder with a packaged
+model, and counts the time inside calls of torch modules and onnxruntime sessions. The models are loaded before, by the
+same work.
 """
 
 from __future__ import annotations
