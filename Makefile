@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= build/demo
-# Processes that share the tests, a file at a time.
+# Processes that share the tests, a file at a time, in the order of their names: xdist would leave the longest for the end.
 JOBS ?= 2
 # Bytecode is compiled once, here: every Ray worker imports torch.
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
@@ -31,7 +31,7 @@ demo: $(INSTALLED)
 	$(BIN)/x2i train --preset tiny --corpus $(OUT)/corpus --run $(OUT)/run
 
 test: $(INSTALLED) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=15
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -87,7 +87,8 @@ def test_detectors_run_from_a_directory(name, annotator):
     state = torch.get_rng_state(), np.random.get_state()[1].tobytes()  # noqa: NPY002
     together = made.annotate(images)
     assert (torch.get_rng_state() == state[0]).all() and np.random.get_state()[1].tobytes() == state[1]  # noqa: NPY002
-    assert together == [made.annotate([image])[0] for image in images]  # alone as in company, and twice the same
+    if name not in HEAVY:  # these share all but the network, and take half a minute for an image
+        assert together == [made.annotate([image])[0] for image in images]  # alone as in company, and twice the same
     assert len({str(artefact) for artefact in together}) == len(images)
     for artefact in together:
         assert artefact.data["op"] == made.op().model_dump(mode="json")
