@@ -36,7 +36,7 @@ test: $(INSTALLED) lint
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy schemas filters builders pipelines fine_tune
+	$(BIN)/mypy -n $(JOBS) schemas filters builders pipelines fine_tune
 	$(BIN)/lint-imports
 
 clean:
