@@ -237,6 +237,7 @@ def run_stage(
     *,
     progress: Progress,
     expected: int | None = None,
+    may_grow: bool = False,
 ) -> list[Marker]:
     """Bring a stage up to date.
 
@@ -247,12 +248,14 @@ def run_stage(
         workers: units at a time on Ray; 0 runs in this process without Ray.
         progress: called once per unit.
         expected: how many inputs the stage must account for.
+        may_grow: whether Ray may get GPUs that it does not have yet.
 
     Returns:
         Markers of all units, in unit order.
 
     Raises:
         ConservationError: an input is unaccounted for.
+        RecipeError: units reserve a GPU, and there will be none.
     """
     done = ledger.read_markers(context.corpus, stage.name)
     fresh = {t.unit: done[t.unit] for t in tasks if t.unit in done and done[t.unit].digest == t.digest}
@@ -260,6 +263,8 @@ def run_stage(
         progress(marker, True)
     todo = [t for t in tasks if t.unit not in fresh]
     run = _run_here if workers == 0 or stage.whole_corpus else _run_on_ray
+    if run is _run_on_ray and not may_grow:
+        _check_gpus(stage, todo)
     for marker in run(stage, context, todo, workers):
         fresh[marker.unit] = marker
         progress(marker, False)
@@ -267,6 +272,16 @@ def run_stage(
     ledger.check_conservation(stage.name, ledger.totals(m.counts for m in markers), expected)
     _prune(stage, {t.unit for t in tasks}, done)
     return markers
+
+
+def _check_gpus(stage: Stage, tasks: list[Task]) -> None:
+    """Ray lets what it has no GPU for wait without end, as a machine that has one might join."""
+    import ray
+
+    wanting = [task for task in tasks if task.num_gpus]
+    if wanting and not ray.cluster_resources().get("GPU"):
+        problem = "num_gpus reserves a share of a GPU, and Ray finds none on this machine; num_gpus: 0 runs without"
+        raise stage.recipe.error((stage.name, *filter(None, [wanting[0].model])), problem)
 
 
 def _run_unit(stage: Stage, task: Task) -> Marker:

@@ -58,7 +58,7 @@ def build(context: Context, workers: int, address: str | None = None, until: str
     for name, kind in STAGES.items():
         if name == ScoreStage.name:
             preflight(context)  # of images that were not there before
-        kept[name] = _run(kind(context), context, workers, _expected(name, context, kept))
+        kept[name] = _run(kind(context), context, workers, _expected(name, context, kept), may_grow=bool(address))
         if name == until:
             return
     _publish(context)
@@ -92,7 +92,7 @@ def encode_latents(corpus: Folder, wanted: Latents, workers: int, address: str |
     stage.preflight()
     if workers:
         engine.connect(address, workers)
-    _run(stage, context, workers, None)
+    _run(stage, context, workers, None, may_grow=bool(address))
     publish_latents(corpus)
 
 
@@ -116,12 +116,14 @@ def _recipe_text(context: Context) -> str:
     return yaml.safe_dump(context.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _run(stage: Stage, context: Context, workers: int, expected: int | None) -> int:
+def _run(stage: Stage, context: Context, workers: int, expected: int | None, *, may_grow: bool = False) -> int:
     tasks = stage.tasks()
     for warning in stage.warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
     with stage_progress(stage.name, len(tasks)) as progress:
-        markers = engine.run_stage(stage, context, tasks, workers, progress=progress, expected=expected)
+        markers = engine.run_stage(
+            stage, context, tasks, workers, progress=progress, expected=expected, may_grow=may_grow
+        )
     return ledger.totals(m.counts for m in markers)["kept"]
 
 

@@ -15,9 +15,10 @@ import yaml
 
 from pipelines import ledger
 from pipelines.engine import Context
-from pipelines.recipes import RECIPE
+from pipelines.recipes import RECIPE, load
 from pipelines.run import build
 from pipelines.storage import Folder
+from schemas.recipe import RecipeError
 
 
 @pytest.fixture
@@ -74,3 +75,13 @@ def test_workers_with_a_share_of_a_gpu_keep_their_model_and_are_replaced_when_lo
     processes = [set(units) for units in served.values()]
     assert all(len(of_model) <= 3 for of_model in processes)  # two fit the GPU, and one was lost
     assert not set.intersection(*processes)
+
+
+@pytest.mark.slow
+def test_without_a_gpu_a_share_of_one_is_an_error_and_not_a_wait(recipe_file: Path, tmp_path: Path) -> None:
+    ray.shutdown()
+    ray.init(num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    wanting = tmp_path / "wanting.yaml"
+    wanting.write_text(recipe_file.read_text() + "score:\n  features: {num_gpus: 0.5}\n")
+    with pytest.raises(RecipeError, match=r"wanting\.yaml:\d+: score\.features: num_gpus reserves a share of a GPU"):
+        build(Context(Folder(str(tmp_path / "corpus")), load(wanting), ""), workers=2, until="score")
